@@ -1,0 +1,22 @@
+"""Rerank documents with BAAI/bge-reranker-v2-m3, or any cross-encoder that gives one logit a pair.
+
+>>> from reranker_helpers import load_reranker, rerank
+>>> reranker = load_reranker()
+>>> for document, score in rerank("what is a panda?", documents, *reranker, top_n=3):
+...     print(f"{score:6.2f}  {document}")
+"""
+
+from .loading import MODEL_NAME, Reranker, load_reranker
+from .ranking import RankedDocument, rerank
+from .scoring import BATCH_TOKENS, MAX_LENGTH, score
+
+__all__ = [
+    "BATCH_TOKENS",
+    "MAX_LENGTH",
+    "MODEL_NAME",
+    "RankedDocument",
+    "Reranker",
+    "load_reranker",
+    "rerank",
+    "score",
+]

@@ -1,0 +1,112 @@
+"""Load a reranker: choose device and dtype, and refuse a model that cannot rerank."""
+
+import logging
+import os
+from typing import NamedTuple
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+MODEL_NAME = "BAAI/bge-reranker-v2-m3"
+
+logger = logging.getLogger(__name__)
+
+
+class Reranker(NamedTuple):
+    """What `rerank` and `score` need, in the order in which they take it: `rerank(query, documents, *reranker)`."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+
+
+def load_reranker(
+    model_name: str | os.PathLike[str] = MODEL_NAME,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    revision: str | None = None,
+) -> Reranker:
+    """Load a cross-encoder and its tokenizer, ready to score.
+
+    Args:
+        model_name: a name on the Hugging Face Hub, or a folder with config, weights and tokenizer. The default model
+            is a download of 2.3 GB, once.
+        device: "cpu", "cuda", "cuda:1", "mps" or a `torch.device`. Default: CUDA if there is any, else the CPU.
+            MPS is used only when asked for: hangs and leaks are reported for this model on it.
+        dtype: a `torch.dtype` or its name, such as "bfloat16". Default: float16 on CUDA, float32 elsewhere.
+        revision: branch, tag or commit on the hub. Default: the newest.
+
+    Returns:
+        A named tuple `(model, tokenizer, device)`, the model in evaluation mode and on the device.
+
+    Raises:
+        OSError: config, tokenizer or weights can be had neither from a folder, nor the cache, nor the hub.
+        ValueError: the model has not exactly one label, or `dtype` names no dtype.
+        RuntimeError: the device asked for is not there.
+    """
+    model_name = os.fspath(model_name)
+    device, device_reason = _choose_device(device)
+    dtype, dtype_reason = _choose_dtype(dtype, device)
+    try:
+        # The config first: a model that cannot rerank is refused before its weights are downloaded.
+        config = AutoConfig.from_pretrained(model_name, revision=revision)
+        if config.num_labels == 1:
+            tokenizer = AutoTokenizer.from_pretrained(model_name, revision=revision)
+            model = AutoModelForSequenceClassification.from_pretrained(model_name, revision=revision, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise OSError(_how_to_get(model_name, error)) from error
+    if config.num_labels != 1:
+        raise ValueError(
+            f"{model_name} has {config.num_labels} labels, expected 1: it is no reranker with one logit a pair, as "
+            f"{MODEL_NAME} is"
+        )
+    logger.info("%s on %s (%s) in %s (%s)", model_name, device, device_reason, dtype, dtype_reason)
+    return Reranker(model.eval().to(device), tokenizer, device)
+
+
+def _choose_device(device: str | torch.device | None) -> tuple[torch.device, str]:
+    if device is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda"), "CUDA is available"
+        return torch.device("cpu"), "no CUDA device"
+    device = torch.device(device)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RuntimeError(
+            f"device is {str(device)!r}, but torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices: "
+            "check the driver with nvidia-smi, install a CUDA build of torch, or pass device='cpu'"
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise RuntimeError(f"device is 'mps', but torch {torch.__version__} finds no Apple GPU: pass device='cpu'")
+    return device, "asked for"
+
+
+def _choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> tuple[torch.dtype, str]:
+    if dtype is None:
+        if device.type == "cuda":
+            return torch.float16, "the default on CUDA: half the memory, and faster"
+        return torch.float32, f"the default on {device.type}: exact"
+    chosen = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
+        raise ValueError(f"dtype is {dtype!r}, expected 'float32', 'float16', 'bfloat16' or a floating torch.dtype")
+    return chosen, "asked for"
+
+
+def _how_to_get(model_name: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if os.path.isdir(model_name):
+        return (
+            f"the folder {model_name} holds no complete model: it needs config.json, model.safetensors and the "
+            f"tokenizer's files ({reason})"
+        )
+    return (
+        f"{model_name} is no folder here, not complete in the local cache, and could not be downloaded ({reason}). "
+        "Check the name and the network (proxy: HTTPS_PROXY; mirror: HF_ENDPOINT; HF_HUB_OFFLINE=1 forbids downloads), "
+        "or pass the path of a folder with the weights. Without any network, try this tutorial's tests/stand_in_model"
+    )
