@@ -82,13 +82,19 @@ def score(
         ArithmeticError: the model returned NaN or an infinity for a pair.
     """
     scored = score_pairs(
-        pairs, model, tokenizer, device, max_length=max_length, batch_tokens=batch_tokens, show_progress=show_progress
+        _check_pairs(pairs),
+        model,
+        tokenizer,
+        device,
+        max_length=max_length,
+        batch_tokens=batch_tokens,
+        show_progress=show_progress,
     )
     return [pair.passages[0].logit for pair in scored]
 
 
 def score_pairs(
-    pairs: Iterable[tuple[str, str]],
+    pairs: list[tuple[str, str]],
     model: Callable[..., Any],
     tokenizer: PreTrainedTokenizerBase,
     device: str | torch.device,
@@ -101,9 +107,9 @@ def score_pairs(
 ) -> list[ScoredPair]:
     """Like `score`, but with the passages: the first `max_length` tokens, or with `stride` all overlapping windows.
 
-    `name` is what the error messages call the list that the caller's user knows.
+    The texts must have passed `check_text`. `name` is what error messages call the list that the user passed in:
+    "pairs", or "documents" where there is one query.
     """
-    pairs = _check_pairs(pairs, name)
     device = torch.device(device)
     max_length = _check_max_length(max_length, model, tokenizer)
     if batch_tokens is None:
@@ -156,15 +162,15 @@ def check_whole_number(name: str, value: object, *, at_least: int) -> int:
     return number
 
 
-def _check_pairs(pairs: Iterable[tuple[str, str]], name: str) -> list[tuple[str, str]]:
+def _check_pairs(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     if isinstance(pairs, str | bytes) or not isinstance(pairs, Iterable):
-        raise TypeError(f"{name} is {type(pairs).__name__}, expected a list of (query, document) tuples")
+        raise TypeError(f"pairs is {type(pairs).__name__}, expected a list of (query, document) tuples")
     checked = []
     for place, pair in enumerate(pairs):
         if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
-            raise TypeError(f"{name}[{place}] is {type(pair).__name__}, expected a (query, document) tuple")
+            raise TypeError(f"pairs[{place}] is {type(pair).__name__}, expected a (query, document) tuple")
         query, document = pair
-        checked.append((check_text(f"{name}[{place}][0]", query), check_text(f"{name}[{place}][1]", document)))
+        checked.append((check_text(f"pairs[{place}][0]", query), check_text(f"pairs[{place}][1]", document)))
     return checked
 
 
@@ -214,7 +220,7 @@ def _tokenise(
             query = queries[lengths.index(longest)]
             place = next(first_place[pair] for pair in pairs if pair[0] == query)
             raise ValueError(
-                f"the query of {name}[{place}] has {longest} tokens, which with {special} special tokens leaves no "
+                f"{'query' if name == 'documents' else f'pairs[{place}][0]'} has {longest} tokens, which with {special} special tokens leaves no "
                 f"room for a document in max_length={max_length}: shorten the query or raise max_length"
             )
         if stride is not None and check_whole_number("stride", stride, at_least=0) >= room:

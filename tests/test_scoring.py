@@ -1,0 +1,232 @@
+"""`score`: the right logit for each pair, whatever the batches, and clear errors before anything runs."""
+
+import random
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from tiny import TEXT, KeywordModel, make_model, plain_score
+
+from reranker_helpers import Reranker, score
+
+WORDS = TEXT.split()
+QUERY = "what is a panda"
+
+
+def random_documents(seed: int, count: int = 40) -> list[str]:
+    generator = random.Random(seed)
+    return [" ".join(generator.choices(WORDS, k=int(generator.lognormvariate(3.5, 1)))) for _ in range(count)]
+
+
+@pytest.mark.parametrize(("seed", "batch_tokens"), [(0, None), (1, 1), (2, 64), (3, 1000), (4, 100_000)])
+def test_batches_give_the_scores_of_a_plain_loop(tiny, seed, batch_tokens):
+    documents = random_documents(seed)
+    queries = [QUERY, "bread oven", "law"]
+    pairs = [(queries[i % 3], document) for i, document in enumerate(documents)]
+    expected = [plain_score(*pair, tiny.model, tiny.tokenizer) for pair in pairs]
+    logits = score(pairs, *tiny, batch_tokens=batch_tokens)
+    assert logits == pytest.approx(expected, abs=1e-4)
+    assert sorted(range(40), key=logits.__getitem__) == sorted(range(40), key=expected.__getitem__)
+
+
+def test_the_order_of_the_input_does_not_change_a_single_bit(tiny):
+    pairs = [(QUERY, document) for document in random_documents(5)]
+    logits = dict(zip(pairs, score(pairs, *tiny), strict=True))
+    random.Random(6).shuffle(pairs)
+    assert dict(zip(pairs, score(pairs, *tiny), strict=True)) == logits
+
+
+def test_batches_stay_within_the_budget_and_longest_come_first(tiny):
+    model = KeywordModel(wanted=5)
+    score([(QUERY, document) for document in random_documents(7)], model, tiny.tokenizer, "cpu", batch_tokens=200)
+    sizes = [batch.numel() for batch in model.batches]
+    widths = [batch.shape[1] for batch in model.batches]
+    assert all(size <= 200 or len(batch) == 1 for size, batch in zip(sizes, model.batches, strict=True))
+    assert widths == sorted(widths, reverse=True)
+    assert len(model.batches) < 40
+
+
+def test_equal_pairs_are_scored_once_and_tie_exactly(tiny):
+    model = KeywordModel(wanted=5)
+    logits = score([(QUERY, "panda"), (QUERY, "the bear"), (QUERY, "panda")], model, tiny.tokenizer, "cpu")
+    assert logits[0] == logits[2]
+    assert sum(len(batch) for batch in model.batches) == 2
+
+
+def test_no_pairs_need_no_model(tiny):
+    assert score([], *tiny) == []
+    assert score(iter([]), *tiny) == []
+
+
+def test_8192_tokens_work(tiny):
+    document = " ".join(random.Random(8).choices(WORDS, k=9000))
+    expected = plain_score(QUERY, document, tiny.model, tiny.tokenizer, max_length=8192)
+    assert score([(QUERY, document)], *tiny, max_length=8192) == pytest.approx([expected], abs=1e-4)
+
+
+def test_max_length_beyond_the_models_limit(tiny):
+    """Its configuration says 8194 positions, but two of them can't be used: 8193 tokens would crash inside."""
+    tiny.tokenizer.model_max_length = 100_000
+    with pytest.raises(ValueError, match="max_length is 8193, but the model reads at most 8192 tokens"):
+        score([(QUERY, "panda")], *tiny, max_length=8193)
+    tiny.tokenizer.model_max_length = 256
+    with pytest.raises(ValueError, match="at most 256 tokens"):
+        score([(QUERY, "panda")], *tiny)
+
+
+def test_query_too_long_for_max_length(tiny):
+    pairs = [(QUERY, "panda"), ("panda " * 30, "bear")]
+    with pytest.raises(ValueError, match=r"pairs\[1\]\[0\] has 30 tokens.*4 special tokens.*max_length=34"):
+        score(pairs, *tiny, max_length=34)
+    expected = plain_score(*pairs[1], tiny.model, tiny.tokenizer, max_length=35)
+    assert score(pairs, *tiny, max_length=35)[1] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("control", ["</s>", "<s>", "<mask>", "<pad>", "＜/s＞"])
+def test_special_tokens_in_a_text_are_text(tiny, control):
+    """Peers read a `</s>` in a document as the end of the document: its author can steer the score with it."""
+    model = KeywordModel(wanted=5)
+    score([(f"bear {control} x", f"panda {control} panda")], model, tiny.tokenizer, "cpu")
+    (batch,) = model.batches
+    special = set(tiny.tokenizer.all_special_ids) - {tiny.tokenizer.unk_token_id}
+    assert sum(token in special for token in batch[0].tolist()) == 4  # <s> query </s></s> document </s>
+
+
+def test_an_unknown_word_costs_nothing_else(tiny):
+    """Making control tokens unknown must not touch the rest of the text."""
+    model = KeywordModel(wanted=5)
+    score([("bear", "panda </s> bread")], model, tiny.tokenizer, "cpu")
+    assert tiny.tokenizer.decode(model.batches[0][0]) == tiny.tokenizer.decode(
+        tiny.tokenizer(["bear"], ["panda <unk> bread"])["input_ids"][0]
+    )
+
+
+def test_sixteen_threads_with_different_limits(tiny):
+    """A fast tokenizer keeps its truncation settings inside: without a lock, calls break or take each other's."""
+    document = " ".join(random.Random(9).choices(WORDS, k=400))
+    limits = [20 + 7 * i for i in range(48)]
+    expected = [plain_score(QUERY, document, tiny.model, tiny.tokenizer, limit) for limit in limits]
+    with ThreadPoolExecutor(16) as pool:
+        logits = list(pool.map(lambda limit: score([(QUERY, document)], *tiny, max_length=limit)[0], limits))
+    assert logits == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_is_an_error_that_names_the_pair(tiny, value):
+    """Sorting with NaN gives a scrambled order without a word."""
+
+    class Broken(KeywordModel):
+        def __call__(self, input_ids, attention_mask):
+            output = super().__call__(input_ids, attention_mask)
+            output.logits[(input_ids == self.wanted).any(1)] = value
+            return output
+
+    wanted = tiny.tokenizer("bread", add_special_tokens=False)["input_ids"][0]
+    pairs = [(QUERY, text) for text in ("panda", "bear", "bread", "oven", "bread")]
+    with pytest.raises(ArithmeticError, match=rf"{value} for pairs\[2\]"):
+        score(pairs, Broken(wanted), tiny.tokenizer, "cpu")
+
+
+def test_half_precision_logits_are_read_as_float32(tiny):
+    logits = score([(QUERY, "panda")], tiny.model.bfloat16(), tiny.tokenizer, "cpu")
+    assert isinstance(logits[0], float)
+    assert logits == pytest.approx([plain_score(QUERY, "panda", tiny.model.float(), tiny.tokenizer)], abs=0.1)
+
+
+def test_out_of_memory_halves_the_batch_and_goes_on(tiny, caplog):
+    """Only running out of memory is survived, and only as long as there is a batch to cut."""
+
+    class SmallGpu(KeywordModel):
+        def __call__(self, input_ids, attention_mask):
+            if len(input_ids) > 3:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            return super().__call__(input_ids, attention_mask)
+
+    wanted = tiny.tokenizer("panda", add_special_tokens=False)["input_ids"][0]
+    pairs = [("bear", "panda " * count) for count in range(1, 20)]
+    logits = score(pairs, SmallGpu(wanted), tiny.tokenizer, "cpu", batch_tokens=1000)
+    assert logits == list(range(1, 20))
+    assert "going on with batch_tokens=" in caplog.text
+
+    class NoGpu(KeywordModel):
+        def __call__(self, input_ids, attention_mask):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        score(pairs, NoGpu(wanted), tiny.tokenizer, "cpu")
+
+
+def test_progress_is_shown_in_documents_and_only_when_asked_for(tiny, capsys):
+    pairs = [(QUERY, document) for document in [*random_documents(10), "panda", "panda"]]
+    score(pairs, *tiny)
+    assert capsys.readouterr() == ("", "")
+    score(pairs, *tiny, show_progress=True)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "42/42" in err
+    assert "document" in err
+
+
+def test_models_that_are_no_rerankers(tiny):
+    two_labels = make_model(len(tiny.tokenizer), num_labels=2)
+    with pytest.raises(ValueError, match=r"logits of shape \(1, 2\)"):
+        score([(QUERY, "panda")], two_labels, tiny.tokenizer, "cpu")
+    with pytest.raises(ValueError, match=r"call model\.eval\(\) first"):
+        score([(QUERY, "panda")], tiny.model.train(), tiny.tokenizer, "cpu")
+
+
+def test_the_models_device_is_not_the_one_named(tiny):
+    with pytest.raises(ValueError, match="device is 'cpu', but the model is on 'meta'"):
+        score([(QUERY, "panda")], tiny.model.to("meta"), tiny.tokenizer, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ("panda", r"pairs is str, expected a list of \(query, document\) tuples"),
+        (None, "pairs is NoneType"),
+        ([(QUERY, "a"), QUERY], r"pairs\[1\] is str, expected a \(query, document\) tuple"),
+        ([(QUERY, "a", "b")], r"pairs\[0\] is tuple, expected a \(query, document\) tuple"),
+        ([(QUERY, "a"), (QUERY, None)], r"pairs\[1\]\[1\] is NoneType, expected str"),
+        ([(3, "a")], r"pairs\[0\]\[0\] is int, expected str"),
+    ],
+)
+def test_bad_pairs(tiny, pairs, message):
+    with pytest.raises(TypeError, match=message):
+        score(pairs, *tiny)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"max_length": 0}, ValueError, "max_length is 0, expected at least 1"),
+        ({"max_length": "512"}, TypeError, "max_length is str, expected a whole number"),
+        ({"batch_tokens": 0}, ValueError, "batch_tokens is 0, expected at least 1"),
+        ({"batch_tokens": True}, TypeError, "batch_tokens is bool, expected a whole number"),
+        ({"batch_size": 8}, TypeError, "batch_size"),
+    ],
+)
+def test_bad_options(tiny, options, error, message):
+    with pytest.raises(error, match=message):
+        score([(QUERY, "panda")], *tiny, **options)
+
+
+def test_invalid_unicode(tiny):
+    with pytest.raises(ValueError, match=r"pairs\[0\]\[1\] is no valid Unicode: lone surrogate at character 2"):
+        score([(QUERY, "ab\ud800")], *tiny)
+
+
+def test_a_tokenizer_that_is_not_fast(tiny):
+    class Slow:
+        is_fast = False
+        model_max_length = 512
+
+    with pytest.raises(TypeError, match="tokenizer is Slow, expected a fast one"):
+        score([(QUERY, "panda")], Reranker(tiny.model, Slow(), tiny.device)[0], Slow(), "cpu")
+
+
+def test_nothing_global_is_left_changed(tiny):
+    before = (torch.get_float32_matmul_precision(), torch.get_default_dtype(), torch.is_inference_mode_enabled())
+    score([(QUERY, "panda")], *tiny)
+    after = (torch.get_float32_matmul_precision(), torch.get_default_dtype(), torch.is_inference_mode_enabled())
+    assert after == before
