@@ -16,7 +16,7 @@ FILES = ["general", "design", "programming", "library", "extending", "windows", 
 
 ONLY_A_POINTER = re.compile(r"See [^\n]*$")  # "See the next question.": not an answer
 UNDERLINE = re.compile(r"(-{3,}|={3,})$")
-LIST_ITEM = re.compile(r"([*-]|\d+\.|#\.) +")
+LIST_ITEM = re.compile(r"([*-]|\d+[.)]|#\.) +")
 DIRECTIVE = re.compile(r"\.\. ([\w-]+):: *(.*)")
 KEEP_AS_CODE = {"code-block", "doctest", "testcode"}
 KEEP_AS_TEXT = {"note", "seealso"}  # every other directive is dropped, and so are comments and link targets
@@ -76,8 +76,15 @@ def take_indented(lines, start):
     return textwrap.dedent("\n".join(lines[start:end])).splitlines(), end
 
 
+def list_item(lines, i):
+    """A match for the marker of a list item. A paragraph whose second line is not indented is no item to RST."""
+    following = lines[i + 1] if i + 1 < len(lines) else ""
+    continues = not following or indent_of(following) or LIST_ITEM.match(following)
+    return LIST_ITEM.match(lines[i]) if continues else None
+
+
 def take_item(lines, start, width):
-    """The same for a list item: its text starts `width` columns in, and its code deeper still."""
+    """The lines of a list item, whose text starts `width` columns in, and the index after them."""
     _, end = take_indented(lines, start + 1)
     return [line[width:] for line in lines[start:end]], end
 
@@ -107,7 +114,7 @@ def blocks(lines):
             end = next((j for j in range(i, len(lines)) if not lines[j]), len(lines))
             result.append("\n".join(lines[i:end]))
             i = end
-        elif item := LIST_ITEM.match(line):
+        elif item := list_item(lines, i):
             inner, i = take_item(lines, i, width=item.end())
             first, *rest = blocks(inner)
             result += [f"{item[1]} {first}", *rest]
