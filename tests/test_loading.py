@@ -1,0 +1,97 @@
+"""`load_reranker`: the defaults, what it refuses, and what it says when weights can't be had."""
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny import make_model, make_tokenizer
+
+from reranker_helpers import Reranker, load_reranker, rerank
+
+
+def test_a_folder_loads_ready_to_rerank(tiny_folder, caplog):
+    caplog.set_level(logging.INFO, "reranker_helpers")
+    reranker = load_reranker(tiny_folder)
+    model, tokenizer, device = reranker
+    assert isinstance(reranker, Reranker)
+    assert not model.training
+    assert next(model.parameters()).device == torch.empty(0, device=device).device
+    assert model.dtype == (torch.float16 if device.type == "cuda" else torch.float32)
+    assert len(rerank("panda", ["bear", "bread"], model, tokenizer, device)) == 2
+    (record,) = caplog.records
+    assert str(device) in record.getMessage()
+    assert "the default on" in record.getMessage()
+
+
+def test_without_cuda_the_default_is_the_cpu(tiny_folder, monkeypatch):
+    """Never MPS by itself, even where there is one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert load_reranker(tiny_folder).device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
+def test_dtype_as_string_or_torch_dtype(tiny_folder, dtype):
+    assert load_reranker(str(tiny_folder), device="cpu", dtype=dtype).model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["float31", "nn", torch.int8, 16])
+def test_bad_dtype(tiny_folder, dtype):
+    with pytest.raises(ValueError, match=r"dtype is .*, expected 'float32', 'float16', 'bfloat16'"):
+        load_reranker(tiny_folder, dtype=dtype)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", torch.device("cuda")])
+def test_cuda_without_cuda(tiny_folder, device):
+    with pytest.raises(RuntimeError, match=r"sees 0 CUDA devices: .* or pass device='cpu'"):
+        load_reranker(tiny_folder, device=device)
+
+
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="this machine has an Apple GPU")
+def test_mps_without_mps(tiny_folder):
+    with pytest.raises(RuntimeError, match="finds no Apple GPU: pass device='cpu'"):
+        load_reranker(tiny_folder, device="mps")
+
+
+def test_a_model_with_two_labels_is_refused(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    make_model(len(tokenizer), num_labels=2).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()  # 2.3 GB must not be fetched only to be refused
+    with pytest.raises(ValueError, match="has 2 labels, expected 1"):
+        load_reranker(tmp_path)
+
+
+def test_an_incomplete_folder(tiny_folder, tmp_path):
+    with pytest.raises(OSError, match=r"holds no complete model: it needs config\.json, model\.safetensors"):
+        load_reranker(tmp_path)
+    (tmp_path / "config.json").write_bytes((tiny_folder / "config.json").read_bytes())
+    with pytest.raises(OSError, match="holds no complete model"):
+        load_reranker(tmp_path)
+
+
+def test_offline_without_cache_says_what_to_do(tmp_path):
+    """In a process of its own, because the hub's client reads its settings on import."""
+    code = "from reranker_helpers import load_reranker; load_reranker()"
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    last = run.stderr.strip().splitlines()[-1]
+    assert last.startswith("OSError: BAAI/bge-reranker-v2-m3 is no folder here, not complete in the local cache")
+    for remedy in ("Check the name", "HTTPS_PROXY", "HF_HUB_OFFLINE", "tests/stand_in_model"):
+        assert remedy in last
+
+
+def test_nothing_but_torch_and_transformers_is_imported():
+    """People copy the package into their own project. tqdm, tokenizers and numpy come with transformers."""
+    code = (
+        "import sys, torch, transformers, tokenizers, tqdm.auto; from transformers import AutoConfig, AutoTokenizer, "
+        "AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase; before = set(sys.modules); "
+        "import reranker_helpers; new = set(sys.modules) - before; "
+        "print(sorted(m for m in new if m.partition('.')[0] not in ('reranker_helpers', 'transformers', 'torch')))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

@@ -1,0 +1,33 @@
+"""The same scores as sentence-transformers and FlagEmbedding give. Both come with benchmarks/requirements.txt."""
+
+import random
+
+import pytest
+import torch
+from tiny import TEXT
+
+from reranker_helpers import score
+
+QUERY = "what is a panda"
+
+
+@pytest.fixture
+def documents() -> list[str]:
+    generator = random.Random(0)
+    return [" ".join(generator.choices(TEXT.split(), k=generator.randint(1, 700))) for _ in range(30)]
+
+
+def test_cross_encoder(tiny, tiny_folder, documents):
+    sentence_transformers = pytest.importorskip("sentence_transformers", reason="sentence-transformers is missing")
+    peer = sentence_transformers.CrossEncoder(
+        str(tiny_folder), max_length=512, device="cpu", activation_fn=torch.nn.Identity()
+    )
+    pairs = [(QUERY, document) for document in documents]
+    assert score(pairs, *tiny) == pytest.approx(peer.predict(pairs).tolist(), abs=1e-4)
+
+
+def test_flag_reranker(tiny, tiny_folder, documents):
+    flag_embedding = pytest.importorskip("FlagEmbedding", reason="FlagEmbedding is missing")
+    peer = flag_embedding.FlagReranker(str(tiny_folder), use_fp16=False, devices="cpu", max_length=512)
+    pairs = [(QUERY, document) for document in documents]
+    assert score(pairs, *tiny) == pytest.approx(peer.compute_score(pairs), abs=1e-4)
