@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Encoding
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 MAX_LENGTH = 512

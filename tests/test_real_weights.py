@@ -33,7 +33,7 @@ def test_scores_of_the_model_card(reranker):
 
 
 def test_probabilities_of_sentence_transformers(reranker):
-    """sentence-transformers, tests/cross_encoder/test_pretrained.py: bfloat16, tolerance 0.01."""
+    """sentence-transformers, tests/cross_encoder/test_pretrained.py: float32, tolerance 0.01."""
     query = "Which planet is known as the Red Planet?"
     documents = [
         "Venus is often called Earth's twin because of its similar size and proximity.",
@@ -44,4 +44,4 @@ def test_probabilities_of_sentence_transformers(reranker):
     ranking = rerank(query, documents, *reranker)
     assert [result.index for result in ranking] == [1, 3, 2, 0]
     probabilities = [result.probability for result in sorted(ranking, key=lambda result: result.index)]
-    assert probabilities == pytest.approx([0.01855, 1.0, 0.78906, 0.98828], abs=0.01)
+    assert probabilities == pytest.approx([0.01928, 0.9987, 0.78573, 0.98696], abs=0.01)

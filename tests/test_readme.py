@@ -1,0 +1,86 @@
+"""README.md promises: its code runs and prints what it says, its links and tables fit the files."""
+
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import refresh_notebooks
+
+import reranker_helpers
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("tests/*/**/README.md"))]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.M | re.S)
+
+
+def test_python_prints_what_it_says():
+    (code,), (output,) = blocks("python"), blocks("text")
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout == output
+
+
+def test_ci_runs_the_same_test_command():
+    command = blocks("bash")[1].strip().split(" && ")[-1]
+    assert command == ".venv/bin/pytest"
+    assert command in (ROOT / ".ci/run").read_text().splitlines()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(document):
+    for link in re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8")):
+        if not link.startswith(("http://", "https://", "#")):
+            assert (document.parent / link.partition("#")[0]).exists(), link
+
+
+def test_the_table_lists_the_notebooks():
+    assert re.findall(r"^\| \[(\w+\.ipynb)\]\(\1\)", README, re.M) == sorted(p.name for p in ROOT.glob("*.ipynb"))[::-1]
+
+
+def test_the_picture_is_the_notebooks_plot():
+    notebook = nbformat.read(ROOT / "BGE_Reranker_Local.ipynb", as_version=4)
+    (cell,) = [cell for cell in notebook.cells if cell.id == "retrieval-plot"]
+    assert refresh_notebooks.PICTURE.read_bytes() == refresh_notebooks.picture(cell)
+
+
+@pytest.mark.parametrize("name", ["load_reranker", "rerank", "score"])
+def test_signatures(name):
+    parameters = inspect.signature(getattr(reranker_helpers, name)).parameters.values()
+    shown, keyword_only = [], False
+    for parameter in parameters:
+        if parameter.kind is parameter.KEYWORD_ONLY and not keyword_only:
+            shown.append("*")
+            keyword_only = True
+        default = parameter.default
+        shown.append(
+            parameter.name if default is parameter.empty else f"{parameter.name}={default!r}".replace("'", '"')
+        )
+    assert f"| `{name}({', '.join(shown)})`" in README
+
+
+def test_numbers_are_the_codes():
+    cpu, cuda = reranker_helpers.BATCH_TOKENS["cpu"], reranker_helpers.BATCH_TOKENS["cuda"]
+    assert f"default {cpu} on a CPU, {cuda:,} on CUDA" in README
+
+
+def test_requirements_are_what_is_imported():
+    """A package that nothing imports is a download for nothing; one that is missing breaks on a new machine."""
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    pinned = {line.partition("==")[0].replace("-", "_").lower() for line in lines if line and line[0] not in "#"}
+    assert all("==" in line for line in lines if line and line[0] not in "#")
+    sources = [path.read_text(encoding="utf-8") for path in ROOT.rglob("*.py") if ".venv" not in path.parts]
+    for path in ROOT.glob("*.ipynb"):
+        cells = nbformat.read(path, as_version=4).cells
+        sources += [cell.source for cell in cells if cell.cell_type == "code"]
+    imported = set()
+    for source in sources:
+        imported |= set(re.findall(r"^\s*(?:import|from) (\w+)", source, re.M))
+    commands = {"jupyter", "nbval", "ruff", "azureml_inference_server_http", "azure_ai_ml", "azure_identity"}
+    assert not pinned - commands - imported
