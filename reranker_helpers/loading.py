@@ -60,7 +60,7 @@ def load_reranker(
         if config.num_labels == 1:
             tokenizer = AutoTokenizer.from_pretrained(model_name, revision=revision)
             model = AutoModelForSequenceClassification.from_pretrained(model_name, revision=revision, dtype=dtype)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:  # ImportError: Transformers 4 for a tokenizer that is missing
         raise OSError(_how_to_get(model_name, error)) from error
     if config.num_labels != 1:
         raise ValueError(

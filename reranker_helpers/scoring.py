@@ -220,8 +220,9 @@ def _tokenise(
             query = queries[lengths.index(longest)]
             place = next(first_place[pair] for pair in pairs if pair[0] == query)
             raise ValueError(
-                f"{'query' if name == 'documents' else f'pairs[{place}][0]'} has {longest} tokens, which with {special} special tokens leaves no "
-                f"room for a document in max_length={max_length}: shorten the query or raise max_length"
+                f"{'query' if name == 'documents' else f'pairs[{place}][0]'} has {longest} tokens, which with "
+                f"{special} special tokens leaves no room for a document in max_length={max_length}: shorten the query "
+                "or raise max_length"
             )
         if stride is not None and check_whole_number("stride", stride, at_least=0) >= room:
             raise ValueError(
