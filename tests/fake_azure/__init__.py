@@ -1,0 +1,376 @@
+"""A local Azure for the real Azure SDK: `with FakeAzure(): ...`. README.md says what it checks and what it does not."""
+
+import atexit
+import io
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
+
+import requests
+import urllib3
+from requests.adapters import HTTPAdapter
+
+from .inference_server import InferenceServer
+
+__all__ = ["FakeAzure", "InferenceServer"]
+
+ARM = "management.azure.com"
+LOGIN = "login.microsoftonline.com"
+STORAGE = "fakeaccount.blob.core.windows.net"
+REGION = "westeurope"
+SCORING = f".{REGION}.inference.ml.azure.com"
+WORKSPACE = re.compile(r"(/subscriptions/[^/]+/resourceGroups/[^/]+/providers/[^/]+/workspaces/([^/]+))/?(.*)")
+# A service principal, so that DefaultAzureCredential signs in by itself and looks for no other account.
+CREDENTIALS = {
+    "AZURE_TENANT_ID": str(uuid.UUID(int=1)),
+    "AZURE_CLIENT_ID": str(uuid.UUID(int=2)),
+    "AZURE_CLIENT_SECRET": "fake",
+}
+CORES = {"Standard_F8s_v2": 8, "Standard_NC4as_T4_v3": 4}
+
+send_for_real = HTTPAdapter.send
+
+
+class Answer(Exception):
+    """An HTTP answer. Errors are raised from where they are found."""
+
+    def __init__(self, status: int, body: object = None, **headers: object):
+        self.status = status
+        self.body = b"" if body is None else json.dumps(body).encode()
+        self.headers = {"Content-Type": "application/json", "Content-Length": str(len(self.body))}
+        self.headers |= {name.replace("_", "-"): str(value) for name, value in headers.items()}
+
+
+def error(status: int, code: str, message: str) -> Answer:
+    return Answer(status, {"error": {"code": code, "message": message}}, x_ms_error_code=code)
+
+
+def token(audience: str) -> str:
+    return f"fake-token-for-{audience}"
+
+
+def seconds(duration: str) -> float:
+    """Read a duration as the SDK sends it, such as PT1M30S."""
+    parts = re.fullmatch(r"PT(?:(\d+)M)?(?:([\d.]+)S)?", duration).groups(default="0")
+    return 60 * float(parts[0]) + float(parts[1])
+
+
+class FakeAzure:
+    """Answers what the SDK sends to Azure, from this process, while it is installed.
+
+    Args:
+        quota: cores that the subscription has for each type of machine. Default: enough for two CPU deployments of one
+            instance, and none with a GPU, as in a new subscription.
+    """
+
+    def __init__(self, quota: dict[str, int] | None = None):
+        self.quota = {"Standard_F8s_v2": 32} if quota is None else quota
+        self.blocked: list[str] = []
+        """Hosts that were refused."""
+        self.requests: list[tuple[str, str, dict[str, str]]] = []
+        """Method, URL and headers of what was sent to Azure."""
+        self._resources: dict[str, dict] = {}
+        self._operations: dict[str, Callable[[], dict]] = {}
+        self._metadata: dict[str, dict[str, str]] = {}
+        self._servers: dict[str, InferenceServer] = {}
+        self._calls: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def install(self) -> "FakeAzure":
+        """Take over the SDK's HTTP calls and its credentials, until `uninstall` or the end of the process."""
+        self._root = Path(tempfile.mkdtemp(prefix="fake_azure_"))
+        self._environment = {name: os.environ.get(name) for name in CREDENTIALS}
+        os.environ.update(CREDENTIALS)
+        atexit.register(self.uninstall)
+        HTTPAdapter.send = lambda adapter, request, **options: self._send(adapter, request, options)
+        return self
+
+    def uninstall(self) -> None:
+        """Stop the servers, delete all files, and let HTTP calls out again."""
+        atexit.unregister(self.uninstall)
+        HTTPAdapter.send = send_for_real
+        for name, value in self._environment.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        for server in self._servers.values():
+            server.stop()
+        shutil.rmtree(self._root, ignore_errors=True)
+
+    def __enter__(self) -> "FakeAzure":
+        return self.install()
+
+    def __exit__(self, *exception: object) -> None:
+        self.uninstall()
+
+    def _send(self, adapter: HTTPAdapter, request: requests.PreparedRequest, options: dict) -> requests.Response:
+        url = urlsplit(request.url)
+        if url.hostname in ("127.0.0.1", "localhost"):
+            return send_for_real(adapter, request, **options)
+        handler = {LOGIN: self._sign_in, ARM: self._manage, STORAGE: self._store}.get(url.hostname)
+        if url.hostname.endswith(SCORING):
+            handler = self._score
+        if handler is None:
+            self.blocked.append(url.hostname)
+            raise requests.ConnectionError(f"fake_azure: {url.hostname} is refused, nothing leaves this machine")
+        body = request.body.read() if hasattr(request.body, "read") else request.body or b""
+        body = body.encode() if isinstance(body, str) else body
+        self.requests.append((request.method, request.url, dict(request.headers)))
+        try:
+            answer = handler(request, url, body)
+        except Answer as raised:
+            answer = raised
+        raw = urllib3.HTTPResponse(
+            body=io.BytesIO(b"" if request.method == "HEAD" else answer.body),
+            headers=answer.headers,
+            status=answer.status,
+            preload_content=False,
+            request_method=request.method,
+        )
+        return adapter.build_response(request, raw)
+
+    def _sign_in(self, request: requests.PreparedRequest, url: SplitResult, body: bytes) -> Answer:
+        """Microsoft Entra ID: a token for the audience that is asked for."""
+        base = f"https://{LOGIN}/{CREDENTIALS['AZURE_TENANT_ID']}"
+        if url.path.endswith("/token"):
+            form = parse_qs(body.decode())
+            if form["client_secret"] != [CREDENTIALS["AZURE_CLIENT_SECRET"]]:
+                raise Answer(401, {"error": "invalid_client", "error_description": "AADSTS7000215: Invalid secret"})
+            return Answer(
+                200, {"token_type": "Bearer", "expires_in": 3600, "access_token": token(form["scope"][0].split()[0])}
+            )
+        endpoints = {"authorization_endpoint": f"{base}/authorize", "token_endpoint": f"{base}/oauth2/v2.0/token"}
+        return Answer(200, {"issuer": f"{base}/v2.0", "tenant_discovery_endpoint": base, "metadata": [], **endpoints})
+
+    def _manage(self, request: requests.PreparedRequest, url: SplitResult, body: bytes) -> Answer:
+        """Azure Resource Manager: the workspace, its assets, endpoints and deployments."""
+        if request.headers.get("Authorization") != f"Bearer {token('https://management.azure.com/.default')}":
+            raise error(401, "InvalidAuthenticationToken", "The access token is missing or for another audience.")
+        match = WORKSPACE.fullmatch(unquote(url.path))
+        if not match:
+            raise error(404, "InvalidResourceType", f"fake_azure knows no {url.path}")
+        workspace, name, path = match.groups()
+        parts = path.split("/")
+        sent = json.loads(body) if body else {}
+        with self._lock:
+            match [request.method, *parts]:
+                case ["GET", ""]:
+                    return Answer(200, {"id": workspace, "name": name, "location": REGION, "properties": {}})
+                case ["GET", "operations", operation]:
+                    return Answer(200, self._operations[operation](), Retry_After=0.3)
+                case ["GET", "datastores", _]:
+                    account = {"accountName": STORAGE.split(".")[0], "containerName": "models", "protocol": "https"}
+                    account |= {"endpoint": "core.windows.net", "credentials": {"credentialsType": "Sas"}}
+                    return Answer(200, {"name": parts[1], "properties": {"datastoreType": "AzureBlob", **account}})
+                case ["POST", "datastores", _, "listSecrets"]:
+                    return Answer(200, {"secretsType": "Sas", "sasToken": "sig=fake"})
+                case ["POST", "codes", code, "versions", _, "startPendingUpload"]:
+                    blob = f"https://{STORAGE}/code-{code}"
+                    credential = {"credentialType": "SAS", "sasUri": f"{blob}?sig=fake"}
+                    reference = {"blobUri": blob, "credential": credential}
+                    upload = {"pendingUploadType": "TemporaryBlobReference", "blobReferenceForConsumption": reference}
+                    return Answer(200, upload)
+                case ["POST", "onlineEndpoints", endpoint, "listKeys"]:
+                    return Answer(200, {"primaryKey": f"{endpoint}-key-1", "secondaryKey": f"{endpoint}-key-2"})
+                case ["POST", "onlineEndpoints", _, "deployments", _, "getLogs"]:
+                    server = self._servers.get(path.removesuffix("/getLogs"))
+                    if server:
+                        return Answer(200, {"content": server.tail(sent["tail"])})
+                case ["PUT", "onlineEndpoints", endpoint]:
+                    return self._put_endpoint(workspace, path, endpoint, sent)
+                case ["PUT", "onlineEndpoints", endpoint, "deployments", deployment]:
+                    return self._put_deployment(workspace, path, endpoint, deployment, sent)
+                case ["PUT", _, _, "versions", _]:
+                    return Answer(201, self._keep(workspace, path, sent))
+                case ["DELETE", "onlineEndpoints", *_]:
+                    return self._delete(workspace, path)
+                case ["GET", "models" | "environments", asset]:
+                    versions = [int(key.split("/")[-1]) for key in self._resources if key.startswith(f"{path}/")]
+                    following = {"nextVersion": str(max(versions, default=0) + 1)}
+                    return Answer(200, {"name": asset, "properties": following})
+                case ["GET", *_] if parts[-1] in ("versions", "onlineEndpoints", "deployments"):
+                    depth = path.count("/") + 1
+                    keys = [k for k in self._resources if k.startswith(f"{path}/") and k.count("/") == depth]
+                    return Answer(200, {"value": [self._resources[key] for key in keys]})
+                case ["GET", *_] if path in self._resources:
+                    return Answer(200, self._resources[path])
+        raise error(404, "ResourceNotFound", f"fake_azure has no {path} for {request.method}")
+
+    def _keep(self, workspace: str, path: str, sent: dict) -> dict:
+        resource = {"id": f"{workspace}/{path}", "name": path.split("/")[-1], "location": REGION, **sent}
+        resource["properties"] = {"provisioningState": "Succeeded", **sent["properties"]}
+        if path.startswith("models/"):
+            resource["properties"].setdefault("flavors", {})
+        self._resources[path] = resource
+        return resource
+
+    def _long_running(self, workspace: str, status: int, resource: dict | None, poll: Callable[[], dict]) -> Answer:
+        operation = str(uuid.uuid4())
+        self._operations[operation] = poll
+        location = f"https://{ARM}{workspace}/operations/{operation}?api-version=fake"
+        return Answer(status, resource, Azure_AsyncOperation=location, Location=location, Retry_After=1)
+
+    def _put_endpoint(self, workspace: str, path: str, endpoint: str, sent: dict) -> Answer:
+        traffic = sent["properties"].setdefault("traffic", {})
+        unknown = [name for name in traffic if f"{path}/deployments/{name}" not in self._resources]
+        if unknown:
+            raise error(400, "BadRequest", f"traffic names deployments that do not exist: {unknown}")
+        sent["properties"]["scoringUri"] = f"https://{endpoint}{SCORING}/score"
+        resource = self._keep(workspace, path, sent)
+        return self._long_running(workspace, 201, resource, lambda: {"status": "Succeeded"})
+
+    def _put_deployment(self, workspace: str, path: str, endpoint: str, deployment: str, sent: dict) -> Answer:
+        properties = sent["properties"]
+        properties.setdefault("scaleSettings", {"scaleType": "Default"})
+        keys = [properties[name].removeprefix(f"{workspace}/") for name in ("environmentId", "model")]
+        keys.append(properties["codeConfiguration"]["codeId"].removeprefix(f"{workspace}/"))
+        missing = [key for key in [f"onlineEndpoints/{endpoint}", *keys] if key not in self._resources]
+        if missing:
+            raise error(404, "ResourceNotFound", f"not registered: {missing}")
+        if path in self._servers:
+            self._servers.pop(path).stop()
+        resource = self._keep(workspace, path, sent)
+        failure = self._quota_exceeded()
+        if not failure:
+            self._servers[path] = self._start(keys[1], keys[2], properties, f"{endpoint}-{deployment}")
+
+        def poll() -> dict:
+            server = self._servers.get(path)
+            if server and server.healthy():
+                return {"status": "Succeeded"}
+            crash = {"code": "ResourceNotReady", "message": "User container has crashed: see the deployment's logs."}
+            if failure or server is None or server.process.poll() is not None:
+                resource["properties"]["provisioningState"] = "Failed"
+                return {"status": "Failed", "error": failure or crash}
+            return {"status": "InProgress"}
+
+        return self._long_running(workspace, 201, resource, poll)
+
+    def _quota_exceeded(self) -> dict | None:
+        """Azure keeps a fifth of the instances, rounded up, in reserve for upgrades."""
+        needed: dict[str, int] = {}
+        for path, resource in self._resources.items():
+            if "/deployments/" in path and resource["properties"]["provisioningState"] != "Failed":
+                machine = resource["properties"]["instanceType"]
+                instances = resource["sku"]["capacity"]
+                needed[machine] = needed.get(machine, 0) + CORES[machine] * (instances + math.ceil(instances / 5))
+        for machine, cores in needed.items():
+            limit = self.quota.get(machine, 0)
+            if cores > limit:
+                message = f"Not enough quota available for {machine}. Limit: {limit} cores, needed: {cores}."
+                return {"code": "OutOfQuota", "message": message}
+        return None
+
+    def _start(self, model: str, code: str, properties: dict, name: str) -> InferenceServer:
+        """Lay out the uploaded files as in Azure's container, and start Azure's server on them."""
+        app_root = self._root / "instances" / f"{name}-{uuid.uuid4()}" / "var" / "azureml-app"
+        blobs = self._resources[code]["properties"]["codeUri"].removeprefix(f"https://{STORAGE}/")
+        code_folder = app_root / "code"
+        shutil.copytree(self._root / "blobs" / blobs, code_folder)
+        _, model_name, _, version = model.split("/")
+        model_dir = app_root / "azureml-models" / model_name / version
+        blobs = self._resources[model]["properties"]["modelUri"].split("/paths/")[1].rstrip("/")
+        source = self._root / "blobs" / "models" / blobs
+        # Links, not copies: the real weights are 2.3 GB.
+        shutil.copytree(source, model_dir / source.name, copy_function=os.link)
+        script = code_folder / properties["codeConfiguration"]["scoringScript"]
+        variables = properties.get("environmentVariables", {})
+        return InferenceServer(app_root, script, model_dir, variables, app_root.parent / "log.txt")
+
+    def _delete(self, workspace: str, path: str) -> Answer:
+        if path not in self._resources:
+            return Answer(204)
+        for key in [key for key in self._resources if key == path or key.startswith(f"{path}/")]:
+            del self._resources[key]
+            if key in self._servers:
+                self._servers.pop(key).stop()
+        return self._long_running(workspace, 202, None, lambda: {"status": "Succeeded"})
+
+    def _store(self, request: requests.PreparedRequest, url: SplitResult, body: bytes) -> Answer:
+        """Blob storage, on disk."""
+        query = parse_qs(url.query)
+        if query.get("sig") != ["fake"]:
+            raise error(403, "AuthenticationFailed", "the shared access signature is missing")
+        path = unquote(url.path).strip("/")
+        file = self._root / "blobs" / path
+        blocks = self._root / "blocks" / path
+        written = {
+            "ETag": '"0"',
+            "Last_Modified": "Mon, 01 Jan 2024 00:00:00 GMT",
+            "x_ms_request_server_encrypted": "true",
+        }
+        match [request.method, *query.get("comp", [])]:
+            case ["PUT", "block"]:
+                file = blocks / query["blockid"][0].replace("/", "_")
+            case ["PUT", "blocklist"]:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with file.open("wb") as whole:
+                    for name in re.findall(r"<Latest>(.+?)<", body.decode()):
+                        whole.write((blocks / name.replace("/", "_")).read_bytes())
+                shutil.rmtree(blocks)
+                return Answer(201, **written)
+            case ["PUT", "metadata"]:
+                self._metadata[path] = {k: v for k, v in request.headers.items() if k.lower().startswith("x-ms-meta-")}
+                return Answer(200, **written)
+            case ["HEAD" | "GET"] if file.is_file():
+                answer = Answer(200, **written)
+                answer.headers |= self._metadata.get(path, {}) | {"Content-Length": str(file.stat().st_size)}
+                answer.body = file.read_bytes() if request.method == "GET" else b""
+                return answer
+            case ["HEAD" | "GET", *_]:
+                raise error(404, "BlobNotFound", f"no blob {path}")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(body)
+        return Answer(201, **written)
+
+    def _score(self, request: requests.PreparedRequest, url: SplitResult, body: bytes) -> Answer:
+        """The endpoint's address: who may call, which deployment answers, and what Azure makes of its answer."""
+        name = url.hostname.removesuffix(SCORING)
+        path = f"onlineEndpoints/{name}"
+        endpoint = self._resources.get(path)
+        if endpoint is None:
+            raise requests.ConnectionError(f"fake_azure: the name {url.hostname} is not known")
+        mode = endpoint["properties"]["authMode"]
+        secret = f"{name}-key-1" if mode == "Key" else token("https://ml.azure.com/.default")
+        if request.headers.get("Authorization") != f"Bearer {secret}":
+            raise error(401, "Unauthorized", f"the endpoint's authentication mode is {mode}: no or another credential")
+        deployment = request.headers.get("azureml-model-deployment") or self._choose(path, endpoint)
+        server = self._servers.get(f"{path}/deployments/{deployment}")
+        if server is None:
+            raise error(404, "NotFound", "The endpoint has no deployment that gets traffic.")
+        settings = self._resources[f"{path}/deployments/{deployment}"]["properties"]["requestSettings"]
+        headers = {k: v for k, v in request.headers.items() if k.lower() in ("content-type", "x-request-id")}
+        try:
+            reply = requests.request(
+                request.method, server.url, data=body, headers=headers, timeout=seconds(settings["requestTimeout"])
+            )
+        except requests.Timeout:
+            raise error(408, "RequestTimeout", "The deployment did not answer in request_timeout_ms.") from None
+        answer = Answer(reply.status_code if reply.ok else 424, None, azureml_model_deployment=deployment)
+        answer.body = reply.content
+        kept = ("content-type", "content-length", "x-request-id", "x-ms-run-fn-exec-ms")
+        answer.headers |= {key.title(): value for key, value in reply.headers.items() if key.lower() in kept}
+        if not reply.ok:
+            answer.headers["ms-azureml-model-error-reason"] = "model_error"
+            answer.headers["ms-azureml-model-error-statuscode"] = str(reply.status_code)
+        return answer
+
+    def _choose(self, path: str, endpoint: dict) -> str | None:
+        """Split the traffic. Azure draws by chance; a golden-ratio sequence has the same shares and is repeatable."""
+        with self._lock:
+            self._calls[path] = self._calls.get(path, 0) + 1
+        place = 100 * (self._calls[path] * 0.618033988749895 % 1)
+        for deployment, share in endpoint["properties"]["traffic"].items():
+            place -= share
+            if place < 0:
+                return deployment
+        return None

@@ -1,0 +1,134 @@
+"""The files of azureml/: they load with the Azure SDK, and hold what the SDK does not check and Azure does."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from azure.ai.ml import load_environment, load_model, load_online_deployment, load_online_endpoint
+from azure.ai.ml._utils._asset_utils import get_ignore_file, get_upload_files_from_folder
+from scoring_script import score
+
+ROOT = Path(__file__).parent.parent
+AZUREML = ROOT / "azureml"
+DEPLOYMENTS = ["online-deployment.yml", "online-deployment-cpu.yml"]
+ENVIRONMENTS = ["environment.yml", "environment-cpu.yml"]
+
+
+def pins(lines: list[str]) -> dict[str, str]:
+    return dict(line.split("==") for line in lines if "==" in line)
+
+
+@pytest.mark.parametrize("name", ENVIRONMENTS)
+def test_environment(name):
+    environment = load_environment(AZUREML / name)
+    body = environment._to_rest_object().as_dict()["properties"]
+    assert re.fullmatch(r"mcr\.microsoft\.com/azureml/.+ubuntu22\.04:\d{8}\.v\d+", body["image"]), "pinned"
+    (pip,) = [item["pip"] for item in yaml.safe_load(body["condaFile"])["dependencies"] if isinstance(item, dict)]
+    packages = pins(pip)
+    assert packages.keys() == {"torch", "transformers", "azureml-inference-server-http"}
+    requirements = pins((ROOT / "requirements.txt").read_text().splitlines())
+    assert packages.items() <= requirements.items(), "the versions that were tested"
+    assert all("==" in line or line.startswith("--extra-index-url") for line in pip)
+
+
+def test_model():
+    body = load_model(AZUREML / "model.yml")._to_rest_object().as_dict()["properties"]
+    assert body["modelType"] == "custom_model"
+    assert re.fullmatch(r"[a-zA-Z0-9][\w.-]*", load_model(AZUREML / "model.yml").name), "Azure forbids a slash"
+
+
+def test_endpoint():
+    endpoint = load_online_endpoint(AZUREML / "online-endpoint.yml")
+    assert endpoint._to_rest_online_endpoint("westeurope").as_dict()["properties"]["authMode"] == "AADToken"
+    assert re.fullmatch(r"[a-z][a-z0-9-]{2,24}", endpoint.name), "at most 32 characters, and the notebook adds seven"
+
+
+@pytest.fixture(params=DEPLOYMENTS)
+def deployment(request):
+    return load_online_deployment(AZUREML / request.param)
+
+
+def body_of(deployment) -> dict:
+    return deployment._to_rest_object(location="westeurope").as_dict()
+
+
+def test_deployment_says_all_that_azure_needs(deployment):
+    """The SDK takes a deployment without model, environment, code or a known machine."""
+    body = body_of(deployment)
+    assert body["sku"] == {"name": "Default", "capacity": 1}
+    assert deployment.instance_type in ("Standard_NC4as_T4_v3", "Standard_F8s_v2")
+    assert (AZUREML / deployment.code_configuration.code / deployment.code_configuration.scoring_script).is_file()
+    model = load_model(AZUREML / "model.yml")
+    assert deployment.model == f"{model.name}:{model.version}"
+    environments = [load_environment(AZUREML / name) for name in ENVIRONMENTS]
+    assert deployment.environment in [f"{env.name}:{env.version}" for env in environments]
+    assert (deployment.environment_variables["RERANKER_DEVICE"] == "cpu") == ("-cpu:" in deployment.environment)
+    assert all(isinstance(value, str) for value in deployment.environment_variables.values())
+
+
+def test_deployments_differ_only_in_the_machine_and_what_follows_from_it():
+    gpu, cpu = (yaml.safe_load((AZUREML / name).read_text()) for name in DEPLOYMENTS)
+    assert gpu.keys() == cpu.keys()
+    assert {key for key in gpu if gpu[key] != cpu[key]} == {
+        "environment",
+        "instance_type",
+        "environment_variables",
+        "request_settings",
+    }
+    assert gpu["environment_variables"].keys() == cpu["environment_variables"].keys()
+
+
+# Floating-point operations a second that the machine is assumed to sustain: a quarter of the T4's float16 peak, 65e12
+# by NVIDIA's data sheet, and 25e9 in float32 for each of 8 vCPUs with AVX-512.
+SUSTAINED = {"Standard_NC4as_T4_v3": 16e12, "Standard_F8s_v2": 200e9}
+LAYERS, HIDDEN = 24, 1024  # bge-reranker-v2-m3
+TOKENISING = 3.6e-6  # seconds a token on one core, measured with the real vocabulary's size
+
+
+def worst_seconds(deployment) -> float:
+    """The longest that an accepted request can take: all its tokens in inputs of the greatest length."""
+    variables = deployment.environment_variables
+    tokens, length = int(variables["RERANKER_MAX_TOKENS"]), int(variables["RERANKER_MAX_LENGTH"])
+    weights = 2 * 12 * HIDDEN**2  # a multiplication and an addition for each weight of a layer
+    attention = 2 * 2 * length * HIDDEN  # query times key, and weight times value
+    model = tokens * LAYERS * (weights + attention) / SUSTAINED[deployment.instance_type]
+    return model + 2 * score.TOKENIZER_TOKENS * TOKENISING  # once to count the tokens, once to score them
+
+
+def test_the_worst_request_and_one_that_waits_for_it_end_in_time(deployment):
+    body = body_of(deployment)["properties"]
+    settings = deployment.request_settings
+    assert settings.request_timeout_ms <= 180_000, "Azure's maximum, which the SDK does not check"
+    assert settings.max_concurrent_requests_per_instance == int(deployment.environment_variables["WORKER_COUNT"])
+    assert int(deployment.environment_variables["SCORING_TIMEOUT_MS"]) == settings.request_timeout_ms
+    assert body["requestSettings"]["requestTimeout"] in ("PT2M", "PT3M")
+    seconds = worst_seconds(deployment)
+    assert settings.request_timeout_ms / 1000 / 2 > seconds > settings.request_timeout_ms / 1000 / 3, "no idle reserve"
+
+
+def test_the_limits_are_those_that_the_script_reads(deployment, monkeypatch):
+    for name, value in deployment.environment_variables.items():
+        monkeypatch.setenv(name, value)
+    limits = score.Limits.from_environment()
+    assert limits.tokens == int(deployment.environment_variables["RERANKER_MAX_TOKENS"])
+    read = set(re.findall(r"RERANKER_\w+", (AZUREML / "score.py").read_text()))
+    written = {name for name in deployment.environment_variables if name.startswith("RERANKER_")}
+    assert written <= read, "a misspelt variable would be ignored"
+
+
+def test_probes_leave_time_to_load_and_to_score(deployment):
+    for probe in (deployment.liveness_probe, deployment.readiness_probe):
+        patience = probe.period * probe.failure_threshold
+        assert patience > worst_seconds(deployment), "the worker answers no probe while it scores"
+        assert probe.initial_delay + patience >= 600, "loading 2.3 GB from a mounted disk"
+        assert probe.timeout <= probe.period
+
+
+def test_the_upload_is_the_script_and_the_package():
+    """Named by the SDK's own code. Without .amlignore it would be the whole repository with its .git."""
+    ignore = get_ignore_file(ROOT)
+    uploaded = {Path(name).as_posix() for _, name in get_upload_files_from_folder(ROOT, ignore_file=ignore)}
+    uploaded = {name.removeprefix(f"{ROOT.name}/") for name in uploaded}
+    files = [*(ROOT / "azureml").iterdir(), *(ROOT / "reranker_helpers").iterdir()]
+    assert uploaded == {file.relative_to(ROOT).as_posix() for file in files if file.suffix in (".py", ".typed")}

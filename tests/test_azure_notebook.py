@@ -1,0 +1,163 @@
+"""BGE_Reranker_AzureML.ipynb: it addresses Azure with the same cells, keeps no secret, and always cleans up.
+
+That the rehearsal's stored outputs are true, nbval checks.
+"""
+
+import logging
+import os
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import nbformat
+import pytest
+from fake_azure import FakeAzure, InferenceServer
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOK = nbformat.read(ROOT / "BGE_Reranker_AzureML.ipynb", as_version=4)
+CELLS = {cell.id: cell for cell in NOTEBOOK.cells}
+ACCOUNT = {
+    "AZURE_SUBSCRIPTION_ID": "3f2504e0-4f89-41d3-9a0c-0305e82c3301",
+    "AZURE_RESOURCE_GROUP": "a-group",
+    "AZUREML_WORKSPACE_NAME": "a-workspace",
+}
+FROM_OUTSIDE = (
+    f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); import fake_azure; fake_azure.FakeAzure().install()"
+)
+
+
+def printed(cell) -> str:
+    return "".join(output.get("text", "") for output in cell.outputs)
+
+
+def test_with_an_account_the_same_cells_address_azure(tmp_path, monkeypatch):
+    """The three variables are set and the fake is installed before the first cell, so that no cell knows of it."""
+    startup = tmp_path / "profile_default" / "startup"
+    startup.mkdir(parents=True)
+    (startup / "00-fake-azure.py").write_text(FROM_OUTSIDE)
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+    for name, value in ACCOUNT.items():
+        monkeypatch.setenv(name, value)
+
+    notebook = nbformat.from_dict(NOTEBOOK)
+    client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}}, coalesce_streams=True)
+    client.execute()
+
+    assert printed(client.nb.cells[[c.id for c in client.nb.cells].index("config")]).startswith("*** AZURE ***")
+    assert "REHEARSAL" not in "".join(printed(cell) for cell in client.nb.cells if cell.cell_type == "code")
+    assert ACCOUNT["AZURE_SUBSCRIPTION_ID"] not in nbformat.writes(client.nb)
+    differ = [
+        cell.id
+        for cell in client.nb.cells
+        if cell.cell_type == "code"
+        and "nbval-ignore-output" not in cell.metadata.get("tags", [])
+        and printed(cell) != printed(CELLS[cell.id])
+    ]
+    assert differ == ["config", "names", "endpoint-created"], "the banner, and the name that is the workspace's own"
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Run some cells in this process, and return their variables."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    variables = {}
+
+    def run(*ids: str) -> SimpleNamespace:
+        for id_ in ids:
+            exec(compile(CELLS[id_].source, id_, "exec"), variables)
+        return SimpleNamespace(**variables)
+
+    yield run
+    logging.disable(logging.NOTSET)
+
+
+SIGN_IN = ["setup", "config", "names", "sign-in", "client", "wait"]
+
+
+@pytest.fixture
+def account(monkeypatch):
+    for name, value in ACCOUNT.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_cleaning_up_after_a_failure_half_way(run, account, capsys):
+    with FakeAzure(quota={}):
+        run(*SIGN_IN, "look", "weights", "register-model", "register-environment", "create-endpoint", "deploy-helper")
+        with pytest.raises(
+            RuntimeError, match=r"(?s)Not enough quota available for Standard_F8s_v2.*no container, no log"
+        ):
+            run("deploy-blue")
+        assert len(list(run("cleanup").client.online_endpoints.list())) == 0
+        run("verify")
+    assert "bge-reranker-" in capsys.readouterr().out
+
+
+def test_cleaning_up_in_a_new_kernel_and_twice(run, account, capsys):
+    with FakeAzure():
+        space = run(*SIGN_IN, "create-endpoint")
+        assert [item.name for item in space.client.online_endpoints.list()] == [space.ENDPOINT]
+        run(*SIGN_IN, "cleanup", "verify", "cleanup", "verify")
+    assert capsys.readouterr().out.count("No endpoint of this notebook is left") == 2
+
+
+def test_cleaning_up_touches_nobody_elses_endpoint(run, account):
+    with FakeAzure():
+        space = run(*SIGN_IN, "create-endpoint")
+        space.endpoint.name = "of-a-colleague"
+        space.client.online_endpoints.begin_create_or_update(space.endpoint).result()
+        run("cleanup", "verify")
+        assert [item.name for item in space.client.online_endpoints.list()] == ["of-a-colleague"]
+
+
+def test_a_crash_in_init_shows_the_containers_log(run, account, monkeypatch, tmp_path, tiny_folder):
+    (tmp_path / "config.json").write_bytes((tiny_folder / "config.json").read_bytes())
+    monkeypatch.setenv("RERANKER_MODEL", str(tmp_path))
+    with FakeAzure():
+        run(*SIGN_IN, "look", "weights", "register-model", "register-environment", "create-endpoint", "deploy-helper")
+        with pytest.raises(RuntimeError, match=r"(?s)crashed.*log ends with.*config\.json"):
+            run("deploy-blue")
+
+
+def test_two_variables_of_three(run, account, monkeypatch):
+    monkeypatch.delenv("AZURE_RESOURCE_GROUP")
+    with pytest.raises(RuntimeError, match="set AZURE_RESOURCE_GROUP too, or none of the three for a rehearsal"):
+        run("setup", "config")
+
+
+def test_not_signed_in(run, account, monkeypatch):
+    with FakeAzure():
+        monkeypatch.setenv("AZURE_CLIENT_SECRET", "expired")
+        with pytest.raises(RuntimeError, match="not signed in: run `az login`"):
+            run("setup", "config", "names", "sign-in")
+
+
+def test_nothing_secret_is_stored():
+    text = nbformat.writes(NOTEBOOK)
+    identifiers = set(re.findall(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", text))
+    assert identifiers <= {"00000000-0000-0000-0000-000000000000"}
+    outputs = "".join(str(cell.get("outputs", "")) for cell in NOTEBOOK.cells)
+    for secret in ("Bearer", "sig=", "fake-token", "-key-1", "/subscriptions/", str(Path.home())):
+        assert secret not in outputs
+    assert "REHEARSAL" in printed(CELLS["config"]), "the stored outputs are labelled"
+
+
+def test_coheres_client(tmp_path):
+    """The snippet in the notebook's text, against the real server."""
+    cohere = pytest.importorskip("cohere", reason="cohere is not installed")
+    assert cohere
+    source = re.search(r"```python\n(.+?)```", CELLS["m-client-library"].source, re.DOTALL)[1]
+    snippet, call = source.rsplit("\n", 2)[0], source.rsplit("\n", 2)[1]
+    model = Path(os.environ["RERANKER_MODEL"])
+    with InferenceServer(ROOT, ROOT / "azureml" / "score.py", model, {}, tmp_path / "log.txt") as server:
+        space = {
+            "endpoint": SimpleNamespace(scoring_uri=server.url),
+            "credential": SimpleNamespace(get_token=lambda audience: SimpleNamespace(token="a token")),
+            "query": "which is a fruit?",
+            "documents": ["a car", "an apple is a fruit", "the law"],
+        }
+        exec(snippet, space)
+        results = eval(call, space)
+    assert results[0].index == 1

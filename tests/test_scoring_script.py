@@ -1,0 +1,307 @@
+"""azureml/score.py without a server: what goes in, what comes out, and that no request brings it down."""
+
+import json
+import logging
+import random
+import socket
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from scoring_script import load_script, score
+from tiny import TEXT
+
+from reranker_helpers import rerank
+
+QUERY = "what is a panda"
+WORDS = TEXT.split()
+
+
+@pytest.fixture
+def ask(tiny):
+    """Send a request, as an object or as bytes, to the tiny model."""
+
+    def ask(request, **limits) -> tuple[int, dict]:
+        body = request if isinstance(request, bytes) else json.dumps(request).encode()
+        return score.answer(body, tiny, "tiny", score.Limits(**limits), "request-7")
+
+    return ask
+
+
+def texts(seed: int, count: int, words: int) -> list[str]:
+    generator = random.Random(seed)
+    return [" ".join(generator.choices(WORDS, k=generator.randint(1, words))) for _ in range(count)]
+
+
+@pytest.mark.parametrize("options", [{}, {"top_n": 3}, {"max_length": 40}, {"max_length": 40, "stride": 8}])
+def test_the_answer_is_what_rerank_returns(ask, tiny, options):
+    documents = texts(0, 20, 100)
+    status, answer = ask({"query": QUERY, "documents": documents, "return_documents": True, **options})
+    assert status == 200
+    assert answer["model"] == "tiny"
+    expected = rerank(QUERY, documents, *tiny, **options)
+    assert answer["results"] == [
+        {
+            "index": result.index,
+            "relevance_score": result.probability,
+            "logit": result.score,
+            "truncated": result.truncated,
+            "document": {"text": result.document},
+        }
+        for result in expected
+    ]
+    assert any(result.truncated for result in expected) == ("max_length" in options and "stride" not in options)
+
+
+def test_documents_as_objects_and_not_returned_unless_asked_for(ask):
+    status, answer = ask({"query": QUERY, "documents": [{"text": "panda", "title": "any"}, "bear"]})
+    assert status == 200
+    assert all("document" not in result for result in answer["results"])
+    assert ask({"query": QUERY, "documents": ["panda", "bear"]}) == (200, answer)
+
+
+def test_no_documents_and_null_options(ask):
+    """Generated clients send null for what is not set, and the name of a model."""
+    request = {"query": QUERY, "documents": [], "top_n": None, "stride": None, "max_length": None, "model": "other"}
+    assert ask(request) == (200, {"model": "tiny", "results": [], "usage": {"total_tokens": 0}})
+
+
+@pytest.mark.parametrize("options", [{}, {"max_length": 40}, {"max_length": 40, "stride": 8}])
+def test_total_tokens_are_those_that_the_model_read(ask, tiny, options):
+    documents = texts(1, 10, 100)
+    status, answer = ask({"query": QUERY, "documents": [*documents, documents[0]], **options})
+    encoded = tiny.tokenizer(
+        [QUERY] * 10,
+        documents,
+        truncation="only_second",
+        max_length=options.get("max_length", 512),
+        stride=options.get("stride", 0),
+        return_overflowing_tokens="stride" in options,
+    )["input_ids"]
+    assert status == 200
+    assert answer["usage"]["total_tokens"] == sum(map(len, encoded))
+
+
+def request_with(**fields) -> dict:
+    return {"query": QUERY, "documents": ["panda"], **fields}
+
+
+REFUSED = [
+    (b"", 400, "InvalidJson", "line 1"),
+    (b"{", 400, "InvalidJson", "line 1"),
+    (b"\xef\xbb\xbf{}", 400, "InvalidJson", "BOM"),
+    (b'{"query": "\xff"}', 400, "InvalidJson", "no UTF-8: see byte 11"),
+    (b'{"query": NaN}', 400, "InvalidJson", "NaN"),
+    (b'{"top_n": -Infinity}', 400, "InvalidJson", "Infinity"),
+    (b'{"top_n": 1' + b"0" * 5000 + b"}", 400, "InvalidJson", "digits"),
+    (b"[" * 100_000, 400, "InvalidJson", "nesting"),
+    (b'{"documents": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", 400, "InvalidJson", "nesting"),
+    (b'{"query": "\\ud800", "documents": []}', 400, "InvalidUnicode", "query is no valid Unicode: lone surrogate"),
+    (b'{"query": "a", "documents": ["b", "\\udc00"]}', 400, "InvalidUnicode", "documents[1]"),
+    (b'{"query": "a", "documents": [], "model": "\\udc00"}', 400, "InvalidUnicode", "model"),
+    ([], 400, "WrongType", "the body is a list, expected an object"),
+    (None, 400, "WrongType", "the body is null, expected an object"),
+    ({}, 400, "MissingField", "query is missing"),
+    ({"query": QUERY}, 400, "MissingField", "documents is missing"),
+    (request_with(query=None), 400, "MissingField", "query is missing"),
+    (request_with(query=1), 400, "WrongType", "query is a number, expected a string"),
+    (request_with(query=" \n"), 422, "OutOfRange", "query is empty"),
+    (request_with(documents="panda"), 400, "WrongType", "documents is a string, expected a list"),
+    (request_with(documents=["panda", None]), 400, "WrongType", "documents[1] is null, expected a string or"),
+    (request_with(documents=[{"content": "panda"}]), 400, "WrongType", "documents[0] is an object, expected a string"),
+    (request_with(documents=[{"text": 1.5}]), 400, "WrongType", "documents[0].text is a number with a fraction"),
+    (request_with(top_k=3), 400, "UnknownField", "unknown field 'top_k': the fields are query, documents, top_n"),
+    (request_with(top_n="3"), 400, "WrongType", "top_n is a string, expected a whole number"),
+    (request_with(top_n=True), 400, "WrongType", "top_n is true or false, expected a whole number"),
+    (request_with(top_n=1e999), 400, "InvalidJson", "Infinity"),
+    (request_with(top_n=0), 422, "OutOfRange", "top_n must be at least 1"),
+    (request_with(max_length=8193), 422, "OutOfRange", "max_length must be at most 8,192"),
+    (request_with(max_length=0), 422, "OutOfRange", "max_length must be at least 1"),
+    (request_with(max_length=5), 422, "OutOfRange", "query has 4 tokens, which with 4 special tokens leaves no room"),
+    (request_with(stride=-1), 422, "OutOfRange", "stride must be at least 0"),
+    (request_with(stride=10**30), 422, "OutOfRange", "stride is 1000000"),
+    (request_with(stride=504), 422, "OutOfRange", "lower stride or raise max_length"),
+    (request_with(return_documents=1), 400, "WrongType", "return_documents is a number, expected true or false"),
+]
+
+
+@pytest.mark.parametrize(("request_", "status", "code", "message"), REFUSED)
+def test_what_is_refused_and_how(ask, caplog, request_, status, code, message):
+    actual_status, answer = ask(request_)
+    assert (actual_status, answer["error"]["code"]) == (status, code)
+    assert message in answer["error"]["message"]
+    assert answer.keys() == {"error"}
+    assert not caplog.records
+
+
+def test_a_number_too_large_for_a_float_is_no_whole_number(ask):
+    status, answer = ask(b'{"query": "a", "documents": [], "top_n": 1e999}')
+    assert (status, answer["error"]["code"]) == (400, "WrongType")
+
+
+def never_called(*args):
+    raise AssertionError("the model ran")
+
+
+def test_too_large_is_refused_before_the_model_runs(ask, tiny):
+    tiny.model.register_forward_pre_hook(never_called)
+    long = {"query": QUERY, "documents": texts(2, 10, 100)}
+
+    def refused(request, **limits) -> tuple[int, str]:
+        status, answer = ask(request, **limits)
+        return status, answer["error"]["code"]
+
+    assert refused(long, body_bytes=100) == (413, "BodyTooLarge")
+    assert refused(long, documents=9) == (413, "TooManyDocuments")
+    assert refused(long, tokens=100) == (413, "TooManyTokens")
+    assert refused({"query": "panda " * 500, "documents": [" ".join(WORDS * 400)], "max_length": 505}) == (
+        413,
+        "TooManyTokens",
+    ), "a few hundred kilobytes that the tokenizer turns into gigabytes, one token of text in each piece"
+
+
+@given(
+    documents=st.lists(st.text("abc ", max_size=60), min_size=1, max_size=5),
+    max_length=st.integers(9, 30),
+    stride=st.none() | st.integers(0, 10),
+)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_limit_of_tokens_is_exact(ask, documents, max_length, stride):
+    """What is counted before the model runs is what it would read, with windows and without."""
+    request = {"query": "panda", "documents": documents, "max_length": max_length, "stride": stride}
+    status, answer = ask(request)
+    if status == 422:  # the windows would overlap by too much
+        return
+    tokens = answer["usage"]["total_tokens"]
+    assert ask(request, tokens=tokens)[0] == 200
+    assert ask(request, tokens=tokens - 1)[0] == 413
+
+
+def test_default_requests_are_never_refused_for_their_tokens():
+    limits = score.Limits()
+    assert limits.documents * score.MAX_LENGTH <= limits.tokens
+
+
+SECRET = "the panda's secret"
+
+
+def fails_with(error: Exception):
+    def hook(*args):
+        raise error
+
+    return hook
+
+
+@pytest.mark.parametrize("error", [KeyError(SECRET), RuntimeError("CUDA out of memory"), ValueError(SECRET)])
+def test_an_internal_failure_is_in_the_log_under_its_request_id(ask, tiny, caplog, error):
+    tiny.model.classifier.register_forward_pre_hook(fails_with(error))
+    status, answer = ask(request_with(documents=[SECRET]))
+    assert (status, answer["error"]["code"]) == (500, "InternalError")
+    assert "request-7" in answer["error"]["message"]
+    assert f"request request-7 failed: {type(error).__name__}" in caplog.text
+    assert "in fails_with" not in answer["error"]["message"]
+    assert SECRET not in caplog.text + json.dumps(answer)
+    assert ("CUDA out of memory" in caplog.text) == isinstance(error, RuntimeError)
+
+
+def test_weights_that_give_nan(ask, tiny, caplog):
+    with torch.no_grad():
+        tiny.model.classifier.dense.bias.fill_(float("nan"))
+    status, _ = ask(request_with())
+    assert status == 500
+    assert "the model returned nan for documents[0]" in caplog.text
+
+
+def test_the_failed_request_leaves_no_hook_behind(ask, tiny):
+    ask(request_with())
+    ask(request_with(max_length=5))
+    assert not tiny.model._forward_pre_hooks
+
+
+# Any JSON value, among them those that look right
+values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.sampled_from([0, 1, 8192, 10**400])
+    | st.floats()
+    | st.text()
+    | st.sampled_from(["\ud800", "</s>", "\x00", "panda", QUERY]),
+    lambda children: st.lists(children, max_size=4) | st.dictionaries(st.sampled_from(["text", "", "a"]), children),
+    max_leaves=8,
+)
+
+
+def valid_answer(request: bytes, status: int, answer: dict) -> bool:
+    if status != 200:
+        return status in (400, 413, 422) and set(answer["error"]) == {"code", "message"}
+    documents = json.loads(request)["documents"]
+    indexes = [result["index"] for result in answer["results"]]
+    logits = [result["logit"] for result in answer["results"]]
+    return len(set(indexes)) == len(indexes) <= len(documents) and logits == sorted(logits, reverse=True)
+
+
+@given(st.dictionaries(st.sampled_from(score.FIELDS), values), st.booleans())
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_value_at_any_field(ask, fields, else_valid):
+    body = json.dumps(request_with(**fields) if else_valid else fields).encode()
+    status, answer = ask(body)
+    assert valid_answer(body, status, answer)
+    json.dumps(answer, allow_nan=False)
+
+
+@given(st.binary() | values.map(lambda value: json.dumps(value).encode()))
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_bytes(ask, body):
+    assert ask(body)[0] == 400
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*args):
+        raise AssertionError("the scoring script opened a connection")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def test_init_finds_the_weights_where_azure_puts_them(tiny_folder, tmp_path, monkeypatch, caplog, no_network):
+    caplog.set_level(logging.INFO, "azmlinfsrv.score")
+    model_dir = tmp_path / "azureml-models" / "bge-reranker-v2-m3" / "1"
+    model_dir.mkdir(parents=True)
+    (model_dir / "tiny").symlink_to(tiny_folder, target_is_directory=True)
+    monkeypatch.setenv("AZUREML_MODEL_DIR", str(model_dir / "tiny"))
+    script = load_script()
+    script.init()
+    (record,) = caplog.records
+    for part in ("tiny", "ready on cpu", "float32", " s, ", "documents=1000"):
+        assert part in record.getMessage()
+
+
+def test_init_in_a_folder_above(tiny_folder, tmp_path):
+    copy = tmp_path / "bge" / "1" / "weights"
+    copy.mkdir(parents=True)
+    (copy / "config.json").write_bytes((tiny_folder / "config.json").read_bytes())
+    assert score.find_model(str(tmp_path)) == copy
+
+
+def test_init_without_a_model(tmp_path, monkeypatch, tiny_folder):
+    monkeypatch.delenv("AZUREML_MODEL_DIR", raising=False)
+    with pytest.raises(RuntimeError, match="AZUREML_MODEL_DIR is '', which is no folder: does the deployment have a"):
+        score.init()
+    monkeypatch.setenv("AZUREML_MODEL_DIR", str(tmp_path))
+    (tmp_path / "readme.txt").write_text("hello")
+    with pytest.raises(RuntimeError, match=r"0 folders with a config\.json.*\n  readme\.txt  5 bytes"):
+        score.init()
+    (tmp_path / "config.json").write_bytes((tiny_folder / "config.json").read_bytes())
+    with pytest.raises(RuntimeError, match=r"(?s)needs config\.json, model\.safetensors.*readme\.txt  5 bytes"):
+        score.init()
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "many", "1.5", ""])
+def test_limits_from_the_environment(monkeypatch, value):
+    monkeypatch.setenv("RERANKER_MAX_TOKENS", "24000")
+    assert score.Limits.from_environment() == score.Limits(tokens=24_000)
+    monkeypatch.setenv("RERANKER_MAX_DOCUMENTS", value)
+    with pytest.raises(ValueError, match=f"RERANKER_MAX_DOCUMENTS is '{value}', expected a positive whole number"):
+        score.Limits.from_environment()
