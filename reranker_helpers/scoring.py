@@ -5,27 +5,19 @@ import math
 import operator
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import transformers
 from tokenizers import Encoding
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
-
-from .packed import can_pack, pack_and_run
 
 MAX_LENGTH = 512
 """Default limit of a pair, in tokens: query, document and special tokens together."""
 
 BATCH_TOKENS = {"cpu": 512, "cuda": 16_384}
 """Default budget of a batch by device type, in tokens with padding. Small batches pad little and stay in the cache."""
-
-CHUNK = 1024
-"""Pairs that are tokenised at a time, while the model is busy with the ones before."""
 
 logger = logging.getLogger(__name__)
 
@@ -51,10 +43,9 @@ class ScoredPair(NamedTuple):
 class _Window(NamedTuple):
     """One input of the model: the query's tokens and as many of the document's as fit."""
 
-    pair: tuple[str, str]
+    pair: int
     start: int
     end: int
-    truncated: bool
     token_ids: list[int]
     type_ids: list[int]
 
@@ -129,27 +120,21 @@ def score_pairs(
         return []
 
     copies = Counter(pairs)  # equal pairs are scored once, so that they tie exactly
+    unique = list(copies)
     first_place = {pair: place for place, pair in reversed(list(enumerate(pairs)))}
-    # By length in characters, for each chunk to hold pairs of like length. Equal lengths go by the text, so that chunks
-    # and batches, and with them rounding errors, do not depend on the order of the input.
-    unique = sorted(copies, key=lambda pair: (-len(pair[0]) - len(pair[1]), pair))
-    _check_room(unique, tokenizer, max_length, stride, name, first_place)
-    with (
-        closing(_tokenise_ahead(unique, tokenizer, max_length, stride)) as chunks,
-        tqdm(total=len(pairs), unit="document", disable=not show_progress) as bar,
-    ):
-        results = _run(chunks, model, tokenizer, device, batch_tokens, lambda pair: bar.update(copies[pair]))
+    windows, truncated = _tokenise(unique, tokenizer, max_length, stride, name, first_place)
+    with tqdm(total=len(pairs), unit="document", disable=not show_progress) as bar:
+        logits = _run(windows, model, tokenizer, device, batch_tokens, lambda pair: bar.update(copies[unique[pair]]))
 
-    broken = [(first_place[window[0]], logit) for window, logit in results if not math.isfinite(logit)]
-    if broken:
-        place, logit = min(broken)
-        raise ArithmeticError(
-            f"the model returned {logit} for {name}[{place}]: the ranking would be meaningless. Check the weights; if "
-            "the model runs in float16, load it with dtype='float32' or 'bfloat16'"
-        )
-    scored = {}
-    for (pair, start, end, truncated), logit in results:
-        scored.setdefault(pair, ScoredPair([], truncated)).passages.append(Passage(logit, start, end))
+    scored = {pair: ScoredPair([], cut) for pair, cut in zip(unique, truncated, strict=True)}
+    for window, logit in zip(windows, logits, strict=True):
+        pair = unique[window.pair]
+        if not math.isfinite(logit):
+            raise ArithmeticError(
+                f"the model returned {logit} for {name}[{first_place[pair]}]: the ranking would be meaningless. Check "
+                "the weights; if the model runs in float16, load it with dtype='float32' or 'bfloat16'"
+            )
+        scored[pair].passages.append(Passage(logit, window.start, window.end))
     return [scored[pair] for pair in pairs]
 
 
@@ -213,15 +198,15 @@ def _check_model(model: Callable[..., Any], device: torch.device) -> None:
         raise ValueError(f"device is {str(device)!r}, but the model is on {str(weight.device)!r}: pass that one")
 
 
-def _check_room(
+def _tokenise(
     pairs: list[tuple[str, str]],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     stride: int | None,
     name: str,
     first_place: dict[tuple[str, str], int],
-) -> None:
-    """Make sure that the queries leave room for documents, before anything is scored."""
+) -> tuple[list[_Window], list[bool]]:
+    """Return the windows of all pairs, and for each pair whether text was left out."""
     if not tokenizer.is_fast:
         raise TypeError(f"tokenizer is {type(tokenizer).__name__}, expected a fast one: it knows each token's place")
     special = tokenizer.num_special_tokens_to_add(pair=True)
@@ -229,41 +214,21 @@ def _check_room(
     with _tokenizer_lock:
         # verbose=False: the tokenizer's own warning of a long text comes without a remedy; the error below has one.
         lengths = [len(ids) for ids in tokenizer(queries, add_special_tokens=False, verbose=False)["input_ids"]]
-    longest = max(lengths)
-    room = max_length - special - longest
-    if room < 1:
-        query = queries[lengths.index(longest)]
-        place = min(first_place[pair] for pair in pairs if pair[0] == query)
-        raise ValueError(
-            f"{'query' if name == 'documents' else f'pairs[{place}][0]'} has {longest} tokens, which with {special} "
-            f"special tokens leaves no room for a document in max_length={max_length}: shorten the query or raise "
-            "max_length"
-        )
-    if stride is not None and check_whole_number("stride", stride, at_least=0) >= room:
-        raise ValueError(
-            f"stride is {stride}, but beside the query a window holds {room} tokens of the document, and windows "
-            f"must overlap by less than that: lower stride or raise max_length"
-        )
-
-
-def _tokenise_ahead(
-    pairs: list[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, max_length: int, stride: int | None
-) -> Iterator[list[_Window]]:
-    """Yield the windows of `CHUNK` pairs, while a thread tokenises the next ones: a GPU must not wait for that."""
-    with ThreadPoolExecutor(1) as thread:
-        ahead = thread.submit(_tokenise, pairs[:CHUNK], tokenizer, max_length, stride)
-        for begin in range(CHUNK, len(pairs), CHUNK):
-            windows = ahead.result()
-            ahead = thread.submit(_tokenise, pairs[begin : begin + CHUNK], tokenizer, max_length, stride)
-            yield windows
-        yield ahead.result()
-
-
-def _tokenise(
-    pairs: list[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, max_length: int, stride: int | None
-) -> list[_Window]:
-    """Return the windows of all pairs, those of a pair in the order of the text."""
-    with _tokenizer_lock:
+        longest = max(lengths)
+        room = max_length - special - longest
+        if room < 1:
+            query = queries[lengths.index(longest)]
+            place = next(first_place[pair] for pair in pairs if pair[0] == query)
+            raise ValueError(
+                f"{'query' if name == 'documents' else f'pairs[{place}][0]'} has {longest} tokens, which with "
+                f"{special} special tokens leaves no room for a document in max_length={max_length}: shorten the query "
+                "or raise max_length"
+            )
+        if stride is not None and check_whole_number("stride", stride, at_least=0) >= room:
+            raise ValueError(
+                f"stride is {stride}, but beside the query a window holds {room} tokens of the document, and windows "
+                f"must overlap by less than that: lower stride or raise max_length"
+            )
         encodings = tokenizer(
             [query for query, _ in pairs],
             [document for _, document in pairs],
@@ -272,17 +237,16 @@ def _tokenise(
             stride=stride or 0,
         ).encodings
 
-    special = tokenizer.num_special_tokens_to_add(pair=True)
     controls = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     windows = []
-    for pair, encoding in zip(pairs, encodings, strict=True):
-        truncated = stride is None and bool(encoding.overflowing)
+    for pair, encoding in enumerate(encodings):
         for window in [encoding] if stride is None else [encoding, *encoding.overflowing]:
             token_ids = window.ids
             if sum(map(token_ids.count, controls)) > special:
                 token_ids = _without_controls(window, controls, tokenizer)
-            windows.append(_Window(pair, *_document_span(window), truncated, token_ids, window.type_ids))
-    return windows
+            start, end = _document_span(window)
+            windows.append(_Window(pair, start, end, token_ids, window.type_ids))
+    return windows, [stride is None and bool(encoding.overflowing) for encoding in encodings]
 
 
 def _without_controls(window: Encoding, controls: set[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -304,112 +268,68 @@ def _document_span(window: Encoding) -> tuple[int, int]:
 
 
 def _run(
-    chunks: Iterable[list[_Window]],
+    windows: list[_Window],
     model: Callable[..., Any],
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
     batch_tokens: int,
-    done: Callable[[tuple[str, str]], object],
-) -> list[tuple[tuple[tuple[str, str], int, int, bool], float]]:
-    """Return pair, start, end, truncated of each window in the order of `chunks`, with its logit.
-
-    `done(pair)` is called when a pair's last window has been given to the model.
-    """
-    forward = _forward_packed if can_pack(model, device) else _forward_padded
-    windows, order, results = [], [], []
+    done: Callable[[int], object],
+) -> list[float]:
+    """Return one logit a window, in the order of `windows`. `done(pair)` is called when a pair's last window ran."""
+    # Longest first: batches pad little, and memory peaks at once. Equal lengths go by their tokens, so that batches,
+    # and with them rounding errors, do not depend on the order of the input.
+    order = sorted(range(len(windows)), key=lambda i: (-len(windows[i].token_ids), windows[i].token_ids))
+    waiting = Counter(window.pair for window in windows)
+    results = []
+    begin = 0
     with torch.inference_mode():
-        for chunk in chunks:
-            # Longest first: batches pad little, and memory peaks at once.
-            queue = sorted(range(len(chunk)), key=lambda i: (-len(chunk[i].token_ids), chunk[i].token_ids))
-            order += [len(windows) + i for i in queue]
-            windows += [window[:4] for window in chunk]  # the tokens of 100,000 documents would take a gigabyte
-            waiting = Counter(window.pair for window in chunk)
-            begin = 0
-            while begin < len(queue):
-                longest = len(chunk[queue[begin]].token_ids)
-                batch = [chunk[i] for i in queue[begin : begin + max(1, batch_tokens // longest)]]
-                try:
-                    results.append(forward(batch, model, tokenizer, device))
-                except torch.cuda.OutOfMemoryError:
-                    if len(batch) == 1:
-                        raise
-                    batch_tokens = len(batch) * longest // 2
-                    torch.cuda.empty_cache()
-                    logger.warning("CUDA is out of memory: going on with batch_tokens=%d", batch_tokens)
-                    continue
-                begin += len(batch)
-                for window in batch:
-                    waiting[window.pair] -= 1
-                    if not waiting[window.pair]:
-                        done(window.pair)
+        while begin < len(order):
+            longest = len(windows[order[begin]].token_ids)
+            batch = [windows[i] for i in order[begin : begin + max(1, batch_tokens // longest)]]
+            try:
+                results.append(_forward(batch, model, tokenizer, device))
+            except torch.cuda.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+                batch_tokens = len(batch) * longest // 2
+                torch.cuda.empty_cache()
+                logger.warning("CUDA is out of memory: going on with batch_tokens=%d", batch_tokens)
+                continue
+            begin += len(batch)
+            for window in batch:
+                waiting[window.pair] -= 1
+                if not waiting[window.pair]:
+                    done(window.pair)
         # Only here the results leave the device: a copy after each batch would make the GPU wait for Python.
         logits = torch.cat(results).tolist()
     restored = [0.0] * len(order)
     for place, logit in zip(order, logits, strict=True):
         restored[place] = logit
-    return list(zip(windows, restored, strict=True))
+    return restored
 
 
-def _forward_packed(
-    batch: list[_Window],
-    model: Callable[..., Any],
-    tokenizer: PreTrainedTokenizerBase,
-    device: torch.device,
+def _forward(
+    batch: list[_Window], model: Callable[..., Any], tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> torch.Tensor:
-    """Run one batch without padding, and return its logits in float32, shape (windows,)."""
-    takes_types = "token_type_ids" in tokenizer.model_input_names
-    types = [window.type_ids if takes_types else [0] * len(window.token_ids) for window in batch]
-    return _one_logit_each(pack_and_run(model, [window.token_ids for window in batch], types), len(batch))
-
-
-def _forward_padded(
-    batch: list[_Window],
-    model: Callable[..., Any],
-    tokenizer: PreTrainedTokenizerBase,
-    device: torch.device,
-) -> torch.Tensor:
-    """Pad one batch, run the model as Transformers does, and return its logits in float32, shape (windows,)."""
-    lengths = [len(window.token_ids) for window in batch]
+    """Pad one batch, run the model, and return its logits in float32, shape (windows,)."""
+    longest = max(len(window.token_ids) for window in batch)
 
     def padded(rows: Iterable[list[int]], filler: int) -> torch.Tensor:
         left = tokenizer.padding_side == "left"
-        padding = ((row, [filler] * (max(lengths) - len(row))) for row in rows)
+        padding = ((row, [filler] * (longest - len(row))) for row in rows)
         tensor = torch.tensor([fill + row if left else row + fill for row, fill in padding])
-        # From pinned memory a copy to a GPU runs by itself: Python goes on at once.
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
     inputs = {
         "input_ids": padded((window.token_ids for window in batch), tokenizer.pad_token_id),
-        "attention_mask": padded(([1] * length for length in lengths), 0),
+        "attention_mask": padded(([1] * len(window.token_ids) for window in batch), 0),
     }
     if "token_type_ids" in tokenizer.model_input_names:
         inputs["token_type_ids"] = padded((window.type_ids for window in batch), tokenizer.pad_token_type_id)
-    if device.type == "cuda" and _takes_ready_masks(model):
-        inputs["attention_mask"] = _ready_mask(inputs["attention_mask"], lengths)
-    return _one_logit_each(model(**inputs).logits, len(batch))
-
-
-def _takes_ready_masks(model: Callable[..., Any]) -> bool:
-    """Whether this is an XLM-RoBERTa of Transformers 5, which returns a mask with four dimensions as it is."""
-    return (
-        int(transformers.__version__.split(".")[0]) >= 5
-        and type(model) is transformers.XLMRobertaForSequenceClassification
-        and model.config._attn_implementation == "sdpa"
-    )
-
-
-def _ready_mask(mask: torch.Tensor, lengths: list[int]) -> torch.Tensor | None:
-    """Make the mask that Transformers would make. To decide if there is padding it looks at the values of the mask, and
-    so waits, once a batch, until the GPU has caught up; here the lengths tell."""
-    if min(lengths) == max(lengths):
-        return None
-    return mask[:, None, None, :].bool().expand(-1, 1, max(lengths), -1)
-
-
-def _one_logit_each(logits: torch.Tensor, count: int) -> torch.Tensor:
-    if logits.shape != (count, 1):
+    logits = model(**inputs).logits
+    if logits.shape != (len(batch), 1):
         raise ValueError(
-            f"the model returned logits of shape {tuple(logits.shape)} for {count} pairs, expected ({count}, 1): it is "
-            "no reranker with one logit a pair"
+            f"the model returned logits of shape {tuple(logits.shape)} for {len(batch)} pairs, expected "
+            f"({len(batch)}, 1): it is no reranker with one logit a pair"
         )
     return logits[:, 0].float()
