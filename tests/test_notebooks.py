@@ -18,8 +18,13 @@ PRIVATE = re.compile(r"/(home|root|Users|work|tmp|private|opt|mnt)/|[A-Z]:\\|0x[
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
-def notebook(request):
-    return nbformat.read(request.param, as_version=4)
+def path(request):
+    return request.param
+
+
+@pytest.fixture
+def notebook(path):
+    return nbformat.read(path, as_version=4)
 
 
 def code_cells(notebook):
@@ -30,7 +35,6 @@ def tags(cell) -> set[str]:
     return set(cell.metadata.get("tags", []))
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_opens_everywhere(path, notebook):
     nbformat.validate(notebook)
     assert (notebook.nbformat, notebook.nbformat_minor) >= (4, 5)

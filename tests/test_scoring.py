@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import TEXT, KeywordModel, make_model, plain_score
 
-from reranker_helpers import Reranker, score
+from reranker_helpers import score
 
 WORDS = TEXT.split()
 QUERY = "what is a panda"
@@ -222,7 +222,7 @@ def test_a_tokenizer_that_is_not_fast(tiny):
         model_max_length = 512
 
     with pytest.raises(TypeError, match="tokenizer is Slow, expected a fast one"):
-        score([(QUERY, "panda")], Reranker(tiny.model, Slow(), tiny.device)[0], Slow(), "cpu")
+        score([(QUERY, "panda")], tiny.model, Slow(), "cpu")
 
 
 def test_nothing_global_is_left_changed(tiny):
