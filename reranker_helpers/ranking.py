@@ -26,6 +26,9 @@ class RankedDocument(Generic[Document]):
     """Whether text beyond `max_length` was left out, so that the score is for the beginning only."""
     passage: tuple[int, int]
     """The characters that scored: `text[start:end]`. With `stride=` the best window, else what fitted."""
+    tokens: int
+    """How many tokens the model read for it: the document, and with each of its windows the query and special tokens.
+    Equal texts are read once, and all say so."""
 
     @property
     def probability(self) -> float:
@@ -97,7 +100,7 @@ def rerank(
     ranked = []
     for index, (document, pair) in enumerate(zip(documents, scored, strict=True)):
         best = max(pair.passages, key=lambda passage: passage.logit)
-        ranked.append(RankedDocument(document, best.logit, index, pair.truncated, (best.start, best.end)))
+        ranked.append(RankedDocument(document, best.logit, index, pair.truncated, (best.start, best.end), pair.tokens))
     ranked.sort(key=lambda result: (-result.score, result.index))
     return ranked[:top_n]
 

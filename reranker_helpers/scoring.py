@@ -3,26 +3,27 @@
 import logging
 import math
 import operator
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from typing import Any, NamedTuple
 
 import torch
-from tokenizers import Encoding
+import transformers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
+
+from .packed import can_pack, pack_and_run
+from .tokenising import Pair, Window, count_tokens, tokenise_ahead
 
 MAX_LENGTH = 512
 """Default limit of a pair, in tokens: query, document and special tokens together."""
 
-BATCH_TOKENS = {"cpu": 512, "cuda": 16_384}
-"""Default budget of a batch by device type, in tokens with padding. Small batches pad little and stay in the cache."""
+BATCH_TOKENS = {"cpu": 512, "packed": 1024, "cuda": 16_384}
+"""Default budget of a batch, in tokens with padding: small batches pad little and stay in the cache. The fast path of
+`packed.py` pads nothing, so that larger ones pay."""
 
 logger = logging.getLogger(__name__)
-
-# A fast tokenizer keeps its truncation settings inside: two threads with different ones break each other's call.
-_tokenizer_lock = threading.Lock()
 
 
 class Passage(NamedTuple):
@@ -34,20 +35,24 @@ class Passage(NamedTuple):
 
 
 class ScoredPair(NamedTuple):
-    """The passages of one pair in the order of the text, at least one, and whether they leave text out."""
+    """What the model made of one pair."""
 
     passages: list[Passage]
+    """At least one, in the order of the text."""
     truncated: bool
+    """Whether text beyond `max_length` was left out."""
+    tokens: int
+    """How many tokens the model read, the query and special tokens of each window included, padding not."""
 
 
-class _Window(NamedTuple):
-    """One input of the model: the query's tokens and as many of the document's as fit."""
+class _Input(NamedTuple):
+    """What is kept of a window that the model has read."""
 
-    pair: int
+    pair: Pair
     start: int
     end: int
-    token_ids: list[int]
-    type_ids: list[int]
+    truncated: bool
+    tokens: int
 
 
 def score(
@@ -111,30 +116,47 @@ def score_pairs(
     "pairs", or "documents" where there is one query.
     """
     device = torch.device(device)
-    max_length = _check_max_length(max_length, model, tokenizer)
-    if batch_tokens is None:
-        batch_tokens = BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"])
-    batch_tokens = check_whole_number("batch_tokens", batch_tokens, at_least=1)
+    max_length, stride = check_limits(query_names(pairs, name), model, tokenizer, max_length, stride)
     _check_model(model, device)
+    packed = can_pack(model, device)
+    if batch_tokens is None:
+        batch_tokens = BATCH_TOKENS["packed"] if packed else BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"])
+    batch_tokens = check_whole_number("batch_tokens", batch_tokens, at_least=1)
+    forward = _forward_packed if packed else _forward_padded
     if not pairs:
         return []
 
     copies = Counter(pairs)  # equal pairs are scored once, so that they tie exactly
-    unique = list(copies)
     first_place = {pair: place for place, pair in reversed(list(enumerate(pairs)))}
-    windows, truncated = _tokenise(unique, tokenizer, max_length, stride, name, first_place)
-    with tqdm(total=len(pairs), unit="document", disable=not show_progress) as bar:
-        logits = _run(windows, model, tokenizer, device, batch_tokens, lambda pair: bar.update(copies[unique[pair]]))
+    # By length in characters, for each chunk to hold pairs of like length. Equal lengths go by the text, so that chunks
+    # and batches, and with them rounding errors, do not depend on the order of the input.
+    unique = sorted(copies, key=lambda pair: (-len(pair[0]) - len(pair[1]), pair))
+    with (
+        closing(tokenise_ahead(unique, tokenizer, max_length, stride)) as chunks,
+        tqdm(total=len(pairs), unit="document", disable=not show_progress) as bar,
+    ):
+        results = _run(
+            chunks,
+            lambda batch: forward(batch, model, tokenizer, device),
+            batch_tokens,
+            lambda pair: bar.update(copies[pair]),
+        )
 
-    scored = {pair: ScoredPair([], cut) for pair, cut in zip(unique, truncated, strict=True)}
-    for window, logit in zip(windows, logits, strict=True):
-        pair = unique[window.pair]
-        if not math.isfinite(logit):
-            raise ArithmeticError(
-                f"the model returned {logit} for {name}[{first_place[pair]}]: the ranking would be meaningless. Check "
-                "the weights; if the model runs in float16, load it with dtype='float32' or 'bfloat16'"
-            )
-        scored[pair].passages.append(Passage(logit, window.start, window.end))
+    read = {}
+    for window, logit in results:
+        read.setdefault(window.pair, []).append((window, logit))
+    scored = {}
+    for pair in copies:  # in input order, for the error to name the first
+        windows = sorted(read[pair], key=lambda result: result[0].start)
+        passages = [Passage(logit, window.start, window.end) for window, logit in windows]
+        for logit, *_ in passages:
+            if not math.isfinite(logit):
+                raise ArithmeticError(
+                    f"the model returned {logit} for {name}[{first_place[pair]}]: the ranking would be meaningless. "
+                    "Check the weights; if the model runs in float16, load it with dtype='float32' or 'bfloat16'"
+                )
+        tokens = sum(window.tokens for window, _ in windows)
+        scored[pair] = ScoredPair(passages, windows[0][0].truncated, tokens)
     return [scored[pair] for pair in pairs]
 
 
@@ -174,8 +196,28 @@ def _check_pairs(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     return checked
 
 
-def _check_max_length(max_length: int, model: Callable[..., Any], tokenizer: PreTrainedTokenizerBase) -> int:
+def query_names(pairs: Iterable[Pair], name: str) -> dict[str, str]:
+    """Return what an error calls each query: "query" where the list is "documents", else its first place."""
+    names: dict[str, str] = {}
+    for place, (query, _) in enumerate(pairs):
+        names.setdefault(query, "query" if name == "documents" else f"{name}[{place}][0]")
+    return names
+
+
+def check_limits(
+    queries: Mapping[str, str],
+    model: Callable[..., Any],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    stride: int | None,
+) -> tuple[int, int | None]:
+    """Return `max_length` and `stride` as ints, if the model reads so much and each query leaves room for a document.
+
+    `queries` maps each query to what an error calls it. Raises TypeError or ValueError.
+    """
     max_length = check_whole_number("max_length", max_length, at_least=1)
+    if stride is not None:
+        stride = check_whole_number("stride", stride, at_least=0)
     limit = tokenizer.model_max_length
     config = getattr(model, "config", None)
     positions = getattr(config, "max_position_embeddings", None)
@@ -185,7 +227,24 @@ def _check_max_length(max_length: int, model: Callable[..., Any], tokenizer: Pre
         limit = min(limit, positions - offset)
     if max_length > limit:
         raise ValueError(f"max_length is {max_length}, but the model reads at most {limit} tokens")
-    return max_length
+    if not queries:
+        return max_length, stride
+    lengths = count_tokens(list(queries), tokenizer)
+    special = tokenizer.num_special_tokens_to_add(pair=True)
+    longest = max(lengths)
+    room = max_length - special - longest
+    if room < 1:
+        name = list(queries.values())[lengths.index(longest)]
+        raise ValueError(
+            f"{name} has {longest} tokens, which with {special} special tokens leaves no room for a document in "
+            f"max_length={max_length}: shorten the query or raise max_length"
+        )
+    if stride is not None and stride >= room:
+        raise ValueError(
+            f"stride is {stride}, but beside the query a window holds {room} tokens of the document, and windows must "
+            "overlap by less than that: lower stride or raise max_length"
+        )
+    return max_length, stride
 
 
 def _check_model(model: Callable[..., Any], device: torch.device) -> None:
@@ -198,138 +257,108 @@ def _check_model(model: Callable[..., Any], device: torch.device) -> None:
         raise ValueError(f"device is {str(device)!r}, but the model is on {str(weight.device)!r}: pass that one")
 
 
-def _tokenise(
-    pairs: list[tuple[str, str]],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    stride: int | None,
-    name: str,
-    first_place: dict[tuple[str, str], int],
-) -> tuple[list[_Window], list[bool]]:
-    """Return the windows of all pairs, and for each pair whether text was left out."""
-    if not tokenizer.is_fast:
-        raise TypeError(f"tokenizer is {type(tokenizer).__name__}, expected a fast one: it knows each token's place")
-    special = tokenizer.num_special_tokens_to_add(pair=True)
-    queries = list(dict.fromkeys(query for query, _ in pairs))
-    with _tokenizer_lock:
-        # verbose=False: the tokenizer's own warning of a long text comes without a remedy; the error below has one.
-        lengths = [len(ids) for ids in tokenizer(queries, add_special_tokens=False, verbose=False)["input_ids"]]
-        longest = max(lengths)
-        room = max_length - special - longest
-        if room < 1:
-            query = queries[lengths.index(longest)]
-            place = next(first_place[pair] for pair in pairs if pair[0] == query)
-            raise ValueError(
-                f"{'query' if name == 'documents' else f'pairs[{place}][0]'} has {longest} tokens, which with "
-                f"{special} special tokens leaves no room for a document in max_length={max_length}: shorten the query "
-                "or raise max_length"
-            )
-        if stride is not None and check_whole_number("stride", stride, at_least=0) >= room:
-            raise ValueError(
-                f"stride is {stride}, but beside the query a window holds {room} tokens of the document, and windows "
-                f"must overlap by less than that: lower stride or raise max_length"
-            )
-        encodings = tokenizer(
-            [query for query, _ in pairs],
-            [document for _, document in pairs],
-            truncation="only_second",
-            max_length=max_length,
-            stride=stride or 0,
-        ).encodings
-
-    controls = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
-    windows = []
-    for pair, encoding in enumerate(encodings):
-        for window in [encoding] if stride is None else [encoding, *encoding.overflowing]:
-            token_ids = window.ids
-            if sum(map(token_ids.count, controls)) > special:
-                token_ids = _without_controls(window, controls, tokenizer)
-            start, end = _document_span(window)
-            windows.append(_Window(pair, start, end, token_ids, window.type_ids))
-    return windows, [stride is None and bool(encoding.overflowing) for encoding in encodings]
-
-
-def _without_controls(window: Encoding, controls: set[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Make `</s>` or `<mask>` that someone wrote in a text unknown words: they must not steer the model.
-
-    `split_special_tokens=True` does not do it for XLM-RoBERTa, whose vocabulary holds the special tokens as pieces too.
-    """
-    unknown = tokenizer.pad_token_id if tokenizer.unk_token_id is None else tokenizer.unk_token_id
-    return [
-        unknown if sequence is not None and token in controls else token
-        for token, sequence in zip(window.ids, window.sequence_ids, strict=True)
-    ]
-
-
-def _document_span(window: Encoding) -> tuple[int, int]:
-    """Return the first and the last character (exclusive) of the document's tokens in this window."""
-    spans = [span for span, sequence in zip(window.offsets, window.sequence_ids, strict=True) if sequence == 1]
-    return (min(start for start, _ in spans), max(end for _, end in spans)) if spans else (0, 0)
-
-
 def _run(
-    windows: list[_Window],
+    chunks: Iterable[list[Window]],
+    forward: Callable[[list[Window]], torch.Tensor],
+    batch_tokens: int,
+    done: Callable[[Pair], object],
+) -> Iterator[tuple[_Input, float]]:
+    """Return what the model read, each with its logit, in the order in which it was read.
+
+    `forward` takes a batch and returns its logits, still on the device.
+    `done(pair)` is called when a pair's last window has been given to the model.
+    """
+    inputs, logits = [], []
+    with torch.inference_mode():
+        for chunk in chunks:
+            # Longest first: batches pad little, and memory peaks at once. Equal lengths go by their tokens, so that
+            # batches, and with them rounding errors, do not depend on the order of the input.
+            queue = sorted(chunk, key=lambda window: (-len(window.token_ids), window.token_ids))
+            waiting = Counter(window.pair for window in queue)
+            begin = 0
+            while begin < len(queue):
+                longest = len(queue[begin].token_ids)
+                batch = queue[begin : begin + max(1, batch_tokens // longest)]
+                try:
+                    logits.append(forward(batch))
+                except torch.cuda.OutOfMemoryError:
+                    if len(batch) == 1:
+                        raise
+                    batch_tokens = len(batch) * longest // 2
+                    torch.cuda.empty_cache()
+                    logger.warning("CUDA is out of memory: going on with batch_tokens=%d", batch_tokens)
+                    continue
+                begin += len(batch)
+                for window in batch:
+                    # Not the window itself: the tokens of 100,000 documents would take a gigabyte.
+                    inputs.append(_Input(*window[:4], len(window.token_ids)))
+                    waiting[window.pair] -= 1
+                    if not waiting[window.pair]:
+                        done(window.pair)
+        # Only here the results leave the device: a copy after each batch would make the GPU wait for Python.
+        return zip(inputs, torch.cat(logits).tolist(), strict=True)
+
+
+def _forward_packed(
+    batch: list[Window],
     model: Callable[..., Any],
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
-    batch_tokens: int,
-    done: Callable[[int], object],
-) -> list[float]:
-    """Return one logit a window, in the order of `windows`. `done(pair)` is called when a pair's last window ran."""
-    # Longest first: batches pad little, and memory peaks at once. Equal lengths go by their tokens, so that batches,
-    # and with them rounding errors, do not depend on the order of the input.
-    order = sorted(range(len(windows)), key=lambda i: (-len(windows[i].token_ids), windows[i].token_ids))
-    waiting = Counter(window.pair for window in windows)
-    results = []
-    begin = 0
-    with torch.inference_mode():
-        while begin < len(order):
-            longest = len(windows[order[begin]].token_ids)
-            batch = [windows[i] for i in order[begin : begin + max(1, batch_tokens // longest)]]
-            try:
-                results.append(_forward(batch, model, tokenizer, device))
-            except torch.cuda.OutOfMemoryError:
-                if len(batch) == 1:
-                    raise
-                batch_tokens = len(batch) * longest // 2
-                torch.cuda.empty_cache()
-                logger.warning("CUDA is out of memory: going on with batch_tokens=%d", batch_tokens)
-                continue
-            begin += len(batch)
-            for window in batch:
-                waiting[window.pair] -= 1
-                if not waiting[window.pair]:
-                    done(window.pair)
-        # Only here the results leave the device: a copy after each batch would make the GPU wait for Python.
-        logits = torch.cat(results).tolist()
-    restored = [0.0] * len(order)
-    for place, logit in zip(order, logits, strict=True):
-        restored[place] = logit
-    return restored
-
-
-def _forward(
-    batch: list[_Window], model: Callable[..., Any], tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> torch.Tensor:
-    """Pad one batch, run the model, and return its logits in float32, shape (windows,)."""
-    longest = max(len(window.token_ids) for window in batch)
+    """Run one batch without padding, and return its logits in float32, shape (windows,)."""
+    takes_types = "token_type_ids" in tokenizer.model_input_names
+    types = [window.type_ids if takes_types else [0] * len(window.token_ids) for window in batch]
+    return _one_logit_each(pack_and_run(model, [window.token_ids for window in batch], types), len(batch))
+
+
+def _forward_padded(
+    batch: list[Window],
+    model: Callable[..., Any],
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+) -> torch.Tensor:
+    """Pad one batch, run the model as Transformers does, and return its logits in float32, shape (windows,)."""
+    lengths = [len(window.token_ids) for window in batch]
 
     def padded(rows: Iterable[list[int]], filler: int) -> torch.Tensor:
         left = tokenizer.padding_side == "left"
-        padding = ((row, [filler] * (longest - len(row))) for row in rows)
+        padding = ((row, [filler] * (max(lengths) - len(row))) for row in rows)
         tensor = torch.tensor([fill + row if left else row + fill for row, fill in padding])
+        # From pinned memory a copy to a GPU runs by itself: Python goes on at once.
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
     inputs = {
         "input_ids": padded((window.token_ids for window in batch), tokenizer.pad_token_id),
-        "attention_mask": padded(([1] * len(window.token_ids) for window in batch), 0),
+        "attention_mask": padded(([1] * length for length in lengths), 0),
     }
     if "token_type_ids" in tokenizer.model_input_names:
         inputs["token_type_ids"] = padded((window.type_ids for window in batch), tokenizer.pad_token_type_id)
-    logits = model(**inputs).logits
-    if logits.shape != (len(batch), 1):
+    if device.type == "cuda" and _takes_ready_masks(model):
+        inputs["attention_mask"] = _ready_mask(inputs["attention_mask"], lengths)
+    return _one_logit_each(model(**inputs).logits, len(batch))
+
+
+def _takes_ready_masks(model: Callable[..., Any]) -> bool:
+    """Whether this is an XLM-RoBERTa of Transformers 5, which returns a mask with four dimensions as it is."""
+    return (
+        int(transformers.__version__.split(".")[0]) >= 5
+        and type(model) is transformers.XLMRobertaForSequenceClassification
+        and model.config._attn_implementation == "sdpa"
+    )
+
+
+def _ready_mask(mask: torch.Tensor, lengths: list[int]) -> torch.Tensor | None:
+    """Make the mask that Transformers would make. To decide if there is padding it looks at the values of the mask, and
+    so waits, once a batch, until the GPU has caught up; here the lengths tell."""
+    if min(lengths) == max(lengths):
+        return None
+    return mask[:, None, None, :].bool().expand(-1, 1, max(lengths), -1)
+
+
+def _one_logit_each(logits: torch.Tensor, count: int) -> torch.Tensor:
+    if logits.shape != (count, 1):
         raise ValueError(
-            f"the model returned logits of shape {tuple(logits.shape)} for {len(batch)} pairs, expected "
-            f"({len(batch)}, 1): it is no reranker with one logit a pair"
+            f"the model returned logits of shape {tuple(logits.shape)} for {count} pairs, expected ({count}, 1): it is "
+            "no reranker with one logit a pair"
         )
     return logits[:, 0].float()

@@ -113,6 +113,8 @@ def test_truncation_is_reported_only_where_it_happens(tiny):
     fits = {r.index: r for r in rerank(QUERY, documents, *tiny, max_length=exact_fit)}
     assert [fits[i].truncated for i in range(3)] == [False, False, True]
     assert documents[2][slice(*fits[2].passage)] == words(20)
+    assert fits[1].tokens == fits[2].tokens == exact_fit
+    assert fits[0].tokens < exact_fit
     one_less = {r.index: r for r in rerank(QUERY, documents, *tiny, max_length=exact_fit - 1)}
     assert [one_less[i].truncated for i in range(3)] == [False, True, True]
 
@@ -131,6 +133,9 @@ def test_maxp_finds_an_answer_at_the_end(tiny):
     assert not any(result.truncated for result in best)
     assert all("panda" in result.document[slice(*result.passage)] for result in best[:3])
     assert best[2].passage[1] == len(long)
+    read = {result.index: result.tokens for result in best}
+    assert read[2] == len(tiny.tokenizer("law", "bread")["input_ids"])
+    assert read[1] > len(tiny.tokenizer("law", long)["input_ids"])  # the query and the overlaps again in each window
 
 
 ACCENTS = "cafe\u0301 pan\u0303da n\u0303u "
@@ -221,5 +226,5 @@ def test_errors_speak_of_documents(tiny):
 
 
 def test_repr_is_readable():
-    result = RankedDocument("panda", 1.5, 3, False, (0, 5))
-    assert repr(result).endswith("(document='panda', score=1.5, index=3, truncated=False, passage=(0, 5))")
+    result = RankedDocument("panda", 1.5, 3, False, (0, 5), 9)
+    assert repr(result).endswith("(document='panda', score=1.5, index=3, truncated=False, passage=(0, 5), tokens=9)")

@@ -1,0 +1,198 @@
+"""The fast path on a CPU: XLM-RoBERTa without padding, and each matrix product by the fastest route that is exact.
+
+The texts of a batch lie end to end in one long row of tokens, so that no product is spent on padding:
+
+    padded   <s> what is ... </s>                packed   <s> what is ... </s><s> a ... </s><s> an ... </s>
+             <s> a ... </s><pad><pad>
+             <s> an ... </s><pad><pad>
+
+Only attention looks from one token at another; it takes the texts one by one. Everything else works on single tokens
+and doesn't care where a text ends. From the last layer only the first token of each text is read, so only that one is
+computed. The model itself is not touched: this file reads its weights and calls its small parts.
+"""
+
+import math
+import threading
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import XLMRobertaForSequenceClassification
+
+SLICE = 1024
+"""Tokens that the feed-forward part takes at a time: its inner vectors are four times as wide as the others."""
+
+_PLAIN_MODULES = ("torch.nn.modules.", "transformers.models.xlm_roberta.", "transformers.activations")
+
+# What was measured, by what can change the answer. Under the lock, so that threads don't disturb each other's clocks.
+_measured: dict[tuple, object] = {}
+_measuring = threading.Lock()
+
+
+def can_pack(model: object, device: torch.device) -> bool:
+    """Whether `pack_and_run` computes what `model` would: an XLM-RoBERTa on a CPU that nobody has changed.
+
+    Hooks, adapters, quantised or compiled parts, autocast and other attention functions take the model's own way.
+    """
+    if type(model) is not XLMRobertaForSequenceClassification or device.type != "cpu":
+        return False
+    config = model.config
+    weights = list(model.parameters())
+    return (
+        not config.is_decoder
+        and config._attn_implementation in ("sdpa", "eager")
+        and getattr(config, "position_embedding_type", "absolute") == "absolute"
+        and not torch.is_autocast_enabled("cpu")
+        and all(type(weight) is torch.nn.Parameter and weight.device.type == "cpu" for weight in weights)
+        and {weight.dtype for weight in weights} in ({torch.float32}, {torch.bfloat16}, {torch.float16})
+        and all(
+            type(module).__module__.startswith(_PLAIN_MODULES)
+            and not module._forward_hooks
+            and not module._forward_pre_hooks
+            and not module._compiled_call_impl
+            and "forward" not in vars(module)
+            for module in model.modules()
+        )
+    )
+
+
+def pack_and_run(
+    model: XLMRobertaForSequenceClassification, token_ids: list[list[int]], type_ids: list[list[int]]
+) -> Tensor:
+    """Return the model's logits, shape (texts, labels), for texts of any lengths in tokens."""
+    lengths = [len(ids) for ids in token_ids]
+    firsts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
+    dtype = _arithmetic(model)
+    hidden = _embed(model, token_ids, type_ids).to(dtype)
+    *layers, last = model.roberta.encoder.layer
+    for layer in layers:
+        hidden = _feed_forward(layer, _attend(layer, hidden, hidden, lengths, lengths))
+    read = hidden[firsts]
+    read = _feed_forward(last, _attend(last, read, hidden, [1] * len(lengths), lengths))
+    return _linear(_linear(read, model.classifier.dense).tanh(), model.classifier.out_proj)
+
+
+def _embed(model: XLMRobertaForSequenceClassification, token_ids: list[list[int]], type_ids: list[list[int]]) -> Tensor:
+    ids = [torch.tensor(text) for text in token_ids]
+    # The model's own rule: count from pad_token_id + 1, and leave out whatever looks like padding.
+    pad = model.roberta.embeddings.padding_idx
+    positions = [(text != pad).cumsum(0) * (text != pad) + pad for text in ids]
+    return model.roberta.embeddings(
+        input_ids=torch.cat(ids)[None],
+        token_type_ids=torch.tensor([type_id for text in type_ids for type_id in text])[None],
+        position_ids=torch.cat(positions)[None],
+    )[0]
+
+
+def _attend(layer, readers: Tensor, tokens: Tensor, reader_lengths: list[int], lengths: list[int]) -> Tensor:
+    """Let the rows of `readers`, some for each text, look at the rows of `tokens` that belong to their text."""
+    attention, output = layer.attention.self, layer.attention.output
+
+    def heads(rows: Tensor, part: torch.nn.Linear, lengths: list[int]) -> tuple[Tensor, ...]:
+        split = _linear(rows, part).view(len(rows), attention.num_attention_heads, -1).transpose(0, 1)
+        return split[None].split(lengths, dim=2)  # for each text (1, heads, rows, size of a head)
+
+    queries = heads(readers, attention.query, reader_lengths)
+    keys = heads(tokens, attention.key, lengths)
+    values = heads(tokens, attention.value, lengths)
+    seen = [F.scaled_dot_product_attention(*text) for text in zip(queries, keys, values, strict=True)]
+    seen = torch.cat([text[0].transpose(0, 1).flatten(1) for text in seen])
+    return _norm(_linear(seen, output.dense).add_(readers), output.LayerNorm)
+
+
+def _feed_forward(layer, hidden: Tensor) -> Tensor:
+    # In slices: a text of 8192 tokens would take 270 MB here at once, and memory that is used again stays in the cache.
+    slices = []
+    for rows in hidden.split(SLICE):
+        inner = layer.intermediate.intermediate_act_fn(_linear(rows, layer.intermediate.dense))
+        slices.append(_norm(_linear(inner, layer.output.dense).add_(rows), layer.output.LayerNorm))
+    return torch.cat(slices)
+
+
+def _norm(rows: Tensor, part: torch.nn.LayerNorm) -> Tensor:
+    return F.layer_norm(rows, part.normalized_shape, part.weight.to(rows), part.bias.to(rows), part.eps)
+
+
+def _linear(rows: Tensor, part: torch.nn.Linear) -> Tensor:
+    # `.to` is free where the weights are of the rows' type already.
+    weight, bias = part.weight.to(rows), part.bias.to(rows)
+    return _route(weight, bias)(rows, weight, bias)
+
+
+def _onednn_linear(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The product that torch.compile's generated code calls. Unlike `set_float32_matmul_precision` it changes nothing
+    global, and in its default state it never rounds to bfloat16: torch sets oneDNN's `fpmath_mode` only on request."""
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+
+
+def _route(weight: Tensor, bias: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Choose between torch's own product (MKL in float32) and oneDNN's, by measuring both once for each shape.
+
+    MKL reaches half of what oneDNN does on AMD processors with AVX-512, and 10 to 20 % more on those with AVX2 only.
+    """
+    if weight.dtype != torch.float32:
+        return F.linear
+    return _measure_once(("route", weight.shape), lambda: _faster_route(weight, bias))
+
+
+def _faster_route(weight: Tensor, bias: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    if not torch.backends.mkldnn.enabled:
+        return F.linear
+    rows = torch.randn(512, weight.shape[1], generator=torch.Generator().manual_seed(0))  # as many as a batch has
+    try:
+        exact = F.linear(rows[:16].double(), weight.double(), bias.double())
+        error = (_onednn_linear(rows, weight, bias)[:16] - exact).abs().max() / exact.abs().max()
+    except (AttributeError, RuntimeError):  # a build of torch without oneDNN, or a processor it does not know
+        return F.linear
+    # Measured, not assumed: float32 is wrong by about 1e-6 here, TensorFloat32 by 3e-4, bfloat16 by 3e-3.
+    if not error < 2e-5:
+        return F.linear
+    ours, torchs = _seconds(lambda: _onednn_linear(rows, weight, bias), lambda: F.linear(rows, weight, bias))
+    return _onednn_linear if ours < 0.95 * torchs else F.linear
+
+
+def _arithmetic(model: XLMRobertaForSequenceClassification) -> torch.dtype:
+    """The type to compute in: that of the weights, unless the processor is faster in float32.
+
+    Without units for it a processor is five times slower in bfloat16 than in float32. Then a layer's weights are
+    widened when it is their turn: half the memory, and no rounding but that of the weights.
+    """
+    if model.dtype == torch.float32:
+        return torch.float32
+    return _measure_once((model.dtype, model.config.intermediate_size), lambda: _faster_type(model))
+
+
+def _faster_type(model: XLMRobertaForSequenceClassification) -> torch.dtype:
+    part = model.roberta.encoder.layer[0].intermediate.dense
+
+    def product(dtype: torch.dtype) -> Callable[[], object]:
+        rows = torch.ones(128, part.in_features, dtype=dtype)
+        return lambda: F.linear(rows, part.weight.to(dtype), part.bias.to(dtype))
+
+    own, wide = _seconds(product(model.dtype), product(torch.float32))
+    return model.dtype if own < wide else torch.float32
+
+
+def _measure_once(question: tuple, measure: Callable[[], object]):
+    # The number of threads and torch's settings can change while the program runs, and with them the answer.
+    onednn = torch.backends.mkldnn
+    precision = onednn.matmul.fp32_precision if hasattr(onednn, "matmul") else torch.get_float32_matmul_precision()
+    question = (*question, torch.get_num_threads(), onednn.enabled, precision)
+    with _measuring:
+        if question not in _measured:
+            _measured[question] = measure()
+        return _measured[question]
+
+
+def _seconds(*works: Callable[[], object]) -> list[float]:
+    """Return the shortest of a few runs of each, in seconds, all in turn: the first run also prepares things, and what
+    else the machine does disturbs one or the other."""
+    shortest = [math.inf] * len(works)
+    for _ in range(4):
+        for i, work in enumerate(works):
+            begin = time.perf_counter()
+            work()
+            shortest[i] = min(shortest[i], time.perf_counter() - begin)
+    return shortest

@@ -1,0 +1,346 @@
+"""The fast path on a CPU: the scores of the plain loop, nothing changed, and the model's own way whenever in doubt."""
+
+import random
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from test_scoring import QUERY, WORDS, random_documents
+from tiny import plain_score
+
+from reranker_helpers import packed, score, scoring, tokenising
+
+CPU = torch.device("cpu")
+ROUTES = {"torch": F.linear, "onednn": packed._onednn_linear}
+
+
+@pytest.fixture
+def packs(monkeypatch):
+    """How many texts each batch had that took the fast path."""
+    sizes = []
+
+    def counted(model, token_ids, type_ids):
+        sizes.append(len(token_ids))
+        return packed.pack_and_run(model, token_ids, type_ids)
+
+    monkeypatch.setattr(scoring, "pack_and_run", counted)
+    return sizes
+
+
+def plain(tiny, texts, **options):
+    return [plain_score(QUERY, text, tiny.model, tiny.tokenizer, **options) for text in texts]
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("seed", range(3))
+def test_scores_are_those_of_the_plain_loop(tiny, packs, monkeypatch, route, seed):
+    monkeypatch.setattr(packed, "_route", lambda weight, bias: ROUTES[route])
+    monkeypatch.setattr(packed, "SLICE", [1024, 100, 1][seed])
+    texts = [*random_documents(seed), "", "panda"]
+    logits = score([(QUERY, text) for text in texts], *tiny, batch_tokens=[512, 1, 100_000][seed])
+    assert logits == pytest.approx(plain(tiny, texts), abs=1e-4)
+    assert sum(packs) == len(set(texts))
+
+
+def test_8192_tokens(tiny, packs):
+    text = " ".join(random.Random(1).choices(WORDS, k=9000))
+    expected = plain(tiny, [text], max_length=8192)
+    assert score([(QUERY, text)], *tiny, max_length=8192) == pytest.approx(expected, abs=1e-4)
+    assert packs == [1]
+
+
+def test_a_pad_token_inside_a_text_gets_the_position_that_the_model_gives_it(tiny):
+    ids = tiny.tokenizer(QUERY, "the panda bear")["input_ids"]
+    ids[-3] = tiny.tokenizer.pad_token_id
+    with torch.inference_mode():
+        expected = tiny.model(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids))).logits
+        assert packed.pack_and_run(tiny.model, [ids], [[0] * len(ids)]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_token_types_reach_the_model(tiny, packs):
+    tiny.tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    tiny.model.config.type_vocab_size = 2
+    torch.manual_seed(0)
+    tiny.model.roberta.embeddings.token_type_embeddings = torch.nn.Embedding(2, 32)
+    texts = random_documents(4)
+    logits = score([(QUERY, text) for text in texts], *tiny)
+    assert logits == pytest.approx(plain(tiny, texts), abs=1e-4)
+    assert packs
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("arithmetic", ["its own", torch.float32])
+def test_half_precision(tiny, packs, monkeypatch, dtype, arithmetic):
+    """Weights in half precision: in the processor's own half arithmetic or widened, whichever is faster there."""
+    exact = plain(tiny, texts := random_documents(5))
+    model = tiny.model.to(dtype)
+    if arithmetic == "its own":
+        arithmetic = dtype
+    monkeypatch.setattr(packed, "_arithmetic", lambda model: arithmetic)
+    logits = score([(QUERY, text) for text in texts], model, tiny.tokenizer, CPU)
+    assert logits == pytest.approx(exact, abs=0.15)
+    assert packs
+    assert {weight.dtype for weight in model.parameters()} == {dtype}
+
+
+def test_sixteen_threads(tiny):
+    """The measurements of a first call are shared by all threads."""
+    packed._measured.clear()
+    texts = random_documents(6)
+    expected = plain(tiny, texts)
+    start = threading.Barrier(16)
+
+    def work(_):
+        start.wait()
+        return score([(QUERY, text) for text in texts], *tiny)
+
+    with ThreadPoolExecutor(16) as pool:
+        assert all(logits == pytest.approx(expected, abs=1e-4) for logits in pool.map(work, range(16)))
+
+
+def settings():
+    return (
+        torch.get_float32_matmul_precision(),
+        getattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision", None),  # not in older versions
+        torch.backends.mkldnn.enabled,
+        torch.get_default_dtype(),
+        torch.get_num_threads(),
+        torch.is_inference_mode_enabled(),
+        torch.is_grad_enabled(),
+        torch.initial_seed(),
+        torch.get_rng_state().tolist(),
+    )
+
+
+def test_no_setting_and_no_weight_is_changed(tiny):
+    packed._measured.clear()
+    before = settings()
+    weights = {name: weight.clone() for name, weight in tiny.model.state_dict().items()}
+    modules = [(name, id(module), dict(vars(module))) for name, module in tiny.model.named_modules()]
+    score([(QUERY, text) for text in random_documents(7)], *tiny)
+    assert settings() == before
+    assert all(torch.equal(weight, tiny.model.state_dict()[name]) for name, weight in weights.items())
+    assert modules == [(name, id(module), dict(vars(module))) for name, module in tiny.model.named_modules()]
+
+
+def test_no_setting_is_changed_by_an_error(tiny, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("broken")
+
+    before = settings()
+    monkeypatch.setattr(packed, "_feed_forward", broken)
+    with pytest.raises(RuntimeError, match="broken"):
+        score([(QUERY, "panda")], *tiny)
+    assert settings() == before
+
+
+def rounded(dtype):
+    """What a processor does that multiplies float32 in a narrower type."""
+    return lambda rows, weight, bias: F.linear(rows.to(dtype).float(), weight.to(dtype).float(), bias)
+
+
+@pytest.mark.parametrize("route", [rounded(torch.bfloat16), rounded(torch.float16), lambda *_: torch.ops.no.such_op()])
+def test_a_route_that_rounds_or_fails_is_never_taken(monkeypatch, route):
+    """Intel's AMX can multiply float32 as bfloat16; whatever decides about that, what counts is the result."""
+    monkeypatch.setattr(packed, "_onednn_linear", route)
+    monkeypatch.setattr(packed, "_seconds", lambda *works: [1.0, 2.0])  # it looks twice as fast
+    weight = torch.randn(256, 128, generator=torch.Generator().manual_seed(1))
+    assert packed._faster_route(weight, torch.zeros(256)) is F.linear
+
+
+def test_the_faster_of_two_exact_routes_is_taken(monkeypatch):
+    weight = torch.randn(256, 128, generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(packed, "_seconds", lambda *works: [2.0, 1.0])
+    assert packed._faster_route(weight, torch.zeros(256)) is F.linear
+    monkeypatch.setattr(packed, "_seconds", lambda *works: [1.0, 2.0])
+    assert packed._faster_route(weight, torch.zeros(256)) is packed._onednn_linear
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert packed._faster_route(weight, torch.zeros(256)) is F.linear
+
+
+def test_onednn_is_as_exact_as_float32_can_be():
+    generator = torch.Generator().manual_seed(2)
+    rows, weight, bias = (torch.randn(size, generator=generator) for size in [(64, 1024), (512, 1024), (512,)])
+    exact = F.linear(rows.double(), weight.double(), bias.double())
+    error = (packed._onednn_linear(rows, weight, bias) - exact).abs().max() / exact.abs().max()
+    assert error < 1e-5
+
+
+def test_a_setting_of_the_user_is_measured_anew(tiny):
+    score([(QUERY, "panda")], *tiny)
+    count = len(packed._measured)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        score([(QUERY, "panda")], *tiny)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert len(packed._measured) > count
+
+
+class Subclass(transformers.XLMRobertaForSequenceClassification):
+    """Someone's own model."""
+
+
+class Adapter(torch.nn.Linear):
+    """Such as LoRA's."""
+
+
+def change(model, how):
+    dense = model.roberta.encoder.layer[1].output.dense
+    if how == "hook":
+        dense.register_forward_hook(lambda *_: None)
+    elif how == "pre-hook":
+        model.register_forward_pre_hook(lambda *_: None)
+    elif how == "forward":
+        dense.forward = torch.nn.Linear(64, 32).forward
+    elif how == "adapter":
+        model.roberta.encoder.layer[1].output.dense = Adapter(64, 32)
+    elif how == "compiled":
+        return torch.compile(model, backend="eager")
+    elif how == "compiled in place":
+        model.compile(backend="eager")
+    elif how == "quantised":
+        return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, torch.qint8)
+    elif how == "subclass":
+        model.__class__ = Subclass
+    elif how == "mixed":
+        dense.double()
+    elif how == "attention":
+        model.config._attn_implementation = "flex_attention"
+    return model
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "hook",
+        "pre-hook",
+        "forward",
+        "adapter",
+        "compiled",
+        "compiled in place",
+        "quantised",
+        "subclass",
+        "mixed",
+        "attention",
+    ],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_model_that_was_changed_runs_its_own_way(tiny, how):
+    assert packed.can_pack(tiny.model, CPU)
+    assert not packed.can_pack(change(tiny.model, how), CPU)
+
+
+def test_hooks_are_called(tiny, packs):
+    seen = []
+    tiny.model.register_forward_hook(lambda *_: seen.append(1))
+    assert score([(QUERY, "panda")], *tiny) == pytest.approx(plain(tiny, ["panda"]), abs=1e-4)
+    assert seen
+    assert not packs
+
+
+def test_autocast_is_respected(tiny):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not packed.can_pack(tiny.model, CPU)
+
+
+def test_other_architectures_run_their_own_way(tiny, packs):
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=len(tiny.tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        num_labels=1,
+        pad_token_id=1,
+    )
+    bert = transformers.BertForSequenceClassification(config).eval()
+    tiny.tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    texts = random_documents(8)
+    expected = [plain_score(QUERY, text, bert, tiny.tokenizer) for text in texts]
+    assert score([(QUERY, text) for text in texts], bert, tiny.tokenizer, CPU) == pytest.approx(expected, abs=1e-4)
+    assert not packs
+
+
+@pytest.mark.skipif(int(transformers.__version__.split(".")[0]) < 5, reason="older versions make their own masks")
+def test_ready_masks_give_the_same_logits(tiny):
+    """On a GPU the mask is given as Transformers would make it, so that it need not look at its values."""
+    assert scoring._takes_ready_masks(tiny.model)
+    batch = tiny.tokenizer([QUERY] * 3, ["panda", "the panda bear", ""], padding=True, return_tensors="pt")
+    lengths = batch["attention_mask"].sum(1).tolist()
+    mask = scoring._ready_mask(batch["attention_mask"], lengths)
+    with torch.inference_mode():
+        ours = tiny.model(batch["input_ids"], attention_mask=mask).logits
+        assert ours == pytest.approx(tiny.model(**batch).logits, abs=1e-6)
+    assert scoring._ready_mask(batch["attention_mask"], [7, 7, 7]) is None
+
+
+def test_tokenising_ahead_in_chunks_changes_nothing(tiny, monkeypatch, capsys):
+    pairs = [(QUERY, text) for text in random_documents(9)]
+    expected = score(pairs, *tiny)
+    monkeypatch.setattr(tokenising, "CHUNK", 7)
+    assert score(pairs, *tiny, show_progress=True) == pytest.approx(expected, abs=1e-5)
+    assert "40/40" in capsys.readouterr().err
+    shuffled = random.Random(9).sample(pairs, len(pairs))
+    assert score(shuffled, *tiny) == [dict(zip(pairs, score(pairs, *tiny), strict=True))[pair] for pair in shuffled]
+
+
+def test_an_error_in_the_thread_that_tokenises_is_raised(tiny, monkeypatch):
+    monkeypatch.setattr(tokenising, "CHUNK", 7)
+    monkeypatch.setattr(tokenising, "_window", lambda *_: 1 / 0)
+    threads = threading.active_count()
+    with pytest.raises(ZeroDivisionError):
+        score([(QUERY, text) for text in random_documents(10)], *tiny)
+    assert threading.active_count() == threads
+
+
+MEASURE = """
+import sys
+sys.path[:0] = sys.argv[1:3]
+import torch, transformers
+from tiny import make_tokenizer
+from reranker_helpers import score
+
+tokenizer = make_tokenizer()
+config = transformers.XLMRobertaConfig(
+    vocab_size=len(tokenizer), hidden_size=1024, num_hidden_layers=2, num_attention_heads=16, intermediate_size=4096,
+    max_position_embeddings=8194, type_vocab_size=1, num_labels=1, pad_token_id=1,
+)
+model = transformers.XLMRobertaForSequenceClassification(config).eval()
+
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1000
+
+def now():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")) / 1000
+
+texts = {"warm up": ["panda"], "documents": ["panda " * 600] * 1 + [f"bear {'panda ' * 500}"] * 1 +
+         ["panda " * (60 + i) for i in range(90)] + ["panda " * (500 - i) for i in range(8)], "long": ["panda " * 9000],
+         "cut": ["panda " * 20000]}
+for name, documents in texts.items():
+    query = "bear " * 500 if name == "cut" else "bear"
+    open("/proc/self/clear_refs", "w").write("5")
+    before = now()
+    score([(query, document) for document in documents], model, tokenizer, "cpu",
+          max_length=8192 if name == "long" else 512)
+    print(name, peak() - before, sep=":")
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak memory from /proc")
+def test_memory(request):
+    """What scoring adds to the loaded model, at full width. Layers add nothing: each frees what the one before took."""
+    here = request.path.parent
+    command = [sys.executable, "-c", MEASURE, str(here), str(here.parent)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    added = {line.split(":")[0]: float(line.split(":")[1]) for line in output.splitlines()}
+    assert added["documents"] < 150  # megabytes
+    assert added["long"] < 500
+    assert added["cut"] < 150  # the tokenizer's own truncation makes 2,500 windows here, and takes 3 GB
