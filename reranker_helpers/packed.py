@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import XLMRobertaForSequenceClassification
 
-SLICE = 1024
+SLICE = 512
 """Tokens that the feed-forward part takes at a time: its inner vectors are four times as wide as the others."""
 
 _PLAIN_MODULES = ("torch.nn.modules.", "transformers.models.xlm_roberta.", "transformers.activations")
@@ -42,6 +42,7 @@ def can_pack(model: object, device: torch.device) -> bool:
     weights = list(model.parameters())
     return (
         not config.is_decoder
+        and config.hidden_act == "gelu"
         and config._attn_implementation in ("sdpa", "eager")
         and getattr(config, "position_embedding_type", "absolute") == "absolute"
         and not torch.is_autocast_enabled("cpu")
@@ -90,25 +91,26 @@ def _attend(layer, readers: Tensor, tokens: Tensor, reader_lengths: list[int], l
     """Let the rows of `readers`, some for each text, look at the rows of `tokens` that belong to their text."""
     attention, output = layer.attention.self, layer.attention.output
 
-    def heads(rows: Tensor, part: torch.nn.Linear, lengths: list[int]) -> tuple[Tensor, ...]:
-        split = _linear(rows, part).view(len(rows), attention.num_attention_heads, -1).transpose(0, 1)
+    def heads_of(rows: Tensor, lengths: list[int]) -> tuple[Tensor, ...]:
+        split = rows.view(len(rows), attention.num_attention_heads, -1).transpose(0, 1)
         return split[None].split(lengths, dim=2)  # for each text (1, heads, rows, size of a head)
 
-    queries = heads(readers, attention.query, reader_lengths)
-    keys = heads(tokens, attention.key, lengths)
-    values = heads(tokens, attention.value, lengths)
-    seen = [F.scaled_dot_product_attention(*text) for text in zip(queries, keys, values, strict=True)]
-    seen = torch.cat([text[0].transpose(0, 1).flatten(1) for text in seen])
+    queries = heads_of(_linear(readers, attention.query), reader_lengths)
+    keys = heads_of(_linear(tokens, attention.key), lengths)
+    values = heads_of(_linear(tokens, attention.value), lengths)
+    seen = torch.empty_like(readers)
+    for rows, *text in zip(heads_of(seen, reader_lengths), queries, keys, values, strict=True):
+        rows.copy_(F.scaled_dot_product_attention(*text))
     return _norm(_linear(seen, output.dense).add_(readers), output.LayerNorm)
 
 
 def _feed_forward(layer, hidden: Tensor) -> Tensor:
     # In slices: a text of 8192 tokens would take 270 MB here at once, and memory that is used again stays in the cache.
-    slices = []
-    for rows in hidden.split(SLICE):
-        inner = layer.intermediate.intermediate_act_fn(_linear(rows, layer.intermediate.dense))
-        slices.append(_norm(_linear(inner, layer.output.dense).add_(rows), layer.output.LayerNorm))
-    return torch.cat(slices)
+    result = torch.empty_like(hidden)
+    for rows, into in zip(hidden.split(SLICE), result.split(SLICE), strict=True):
+        inner = torch.ops.aten.gelu_(_linear(rows, layer.intermediate.dense))
+        into.copy_(_norm(_linear(inner, layer.output.dense).add_(rows), layer.output.LayerNorm))
+    return result
 
 
 def _norm(rows: Tensor, part: torch.nn.LayerNorm) -> Tensor:
