@@ -1,0 +1,125 @@
+"""What each trick of the engine gives: python -m benchmarks.ablation [layers] [documents] [rounds]
+
+All in one process, in turn, by the wall clock. Each line leaves one thing out of the engine, or adds one that it does
+not have.
+"""
+
+import contextlib
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.workload import QUERY, build_model, texts
+from reranker_helpers import load_reranker, packed, score, scoring
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def without_padding_only(*_):
+    """The model's own forward, in sorted batches: what every other model gets."""
+    return patch.object(scoring, "can_pack", lambda *_: False)
+
+
+def route(chosen):
+    return patch.object(packed, "_route", lambda weight, bias: chosen)
+
+
+def whole_last_layer():
+    """Compute the last layer for all tokens, and read the first ones after it. Only the time means something."""
+    attend = packed._attend
+
+    def whole(layer, readers, tokens, reader_lengths, lengths):
+        if readers is tokens:
+            return attend(layer, readers, tokens, reader_lengths, lengths)
+        firsts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
+        return packed._feed_forward(layer, attend(layer, tokens, tokens, lengths, lengths))[firsts]
+
+    return patch.object(packed, "_attend", whole)
+
+
+def fused_gelu():
+    def feed_forward(layer, hidden):
+        first, second = layer.intermediate.dense, layer.output.dense
+        slices = []
+        for rows in hidden.split(packed.SLICE):
+            inner = torch.ops.mkldnn._linear_pointwise(rows, first.weight, first.bias, "gelu", [], "none")
+            slices.append(packed._norm(packed._linear(inner, second).add_(rows), layer.output.LayerNorm))
+        return torch.cat(slices)
+
+    return patch.object(packed, "_feed_forward", feed_forward)
+
+
+def prepacked():
+    """Weights in oneDNN's own order: a second copy of them all."""
+    copies = {}
+
+    def product(rows, weight, bias):
+        if weight.data_ptr() not in copies:
+            copies[weight.data_ptr()] = torch.ops.mkldnn._reorder_linear_weight(weight, 512)
+        return torch.ops.mkldnn._linear_pointwise(rows, copies[weight.data_ptr()], bias, "none", [], "")
+
+    return route(product)
+
+
+def budget(tokens):
+    return patch.dict(scoring.BATCH_TOKENS, {"cpu": tokens, "packed": tokens})
+
+
+def main() -> None:
+    layers, count, rounds = (int(value) for value in [*sys.argv[1:], "4", "24", "3"][:3])
+    model, note = build_model(layers)
+    reranker = load_reranker(model, device="cpu")
+    pairs = [(QUERY, text) for text in texts(reranker.tokenizer, count)]
+    variants = {
+        "the engine": contextlib.nullcontext,
+        "padded, the model's own forward": without_padding_only,
+        "torch's products only": lambda: route(F.linear),
+        "oneDNN's products only": lambda: route(packed._onednn_linear),
+        "oneDNN's with prepacked weights": prepacked,
+        "the last layer for all tokens": whole_last_layer,
+        "GELU fused into oneDNN's product": fused_gelu,
+        **{f"budget {tokens}": lambda tokens=tokens: budget(tokens) for tokens in (512, 1024, 2048, 4096)},
+        **{
+            f"padded, budget {tokens}": lambda tokens=tokens: stacked(without_padding_only(), budget(tokens))
+            for tokens in (256, 512, 1024, 2048)
+        },
+    }
+    seconds = {name: [] for name in variants}
+    expected = score(pairs[:4], *reranker)
+    for _ in range(rounds):
+        for name, variant in variants.items():
+            with variant():
+                begin = time.perf_counter()
+                score(pairs, *reranker)
+                seconds[name].append(time.perf_counter() - begin)
+    lines = [f"{note}; {count} documents, {rounds} rounds, {torch.get_num_threads()} threads", ""]
+    lines += ["| | time against the engine |", "|---|---|"]
+    usual = statistics.median(seconds["the engine"])
+    lines += [f"| {name} | {statistics.median(times) / usual:.2f} |" for name, times in seconds.items()]
+    routes = {str(tuple(q[1])): chosen.__name__ for q, chosen in packed._measured.items() if q[0] == "route"}
+    lines += [
+        "",
+        f"The budget of {scoring.BATCH_TOKENS['packed']} is the engine once more: its distance from 1 is the noise.",
+    ]
+    lines += ["", f"routes that were measured as faster: {json.dumps(routes)}"]
+    assert score(pairs[:4], *reranker) == expected
+    (RESULTS / "ablation.md").write_text("\n".join(["# ablation", "", *lines]) + "\n")
+    print("\n".join(lines))
+
+
+@contextlib.contextmanager
+def stacked(*contexts):
+    with contextlib.ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
+
+
+if __name__ == "__main__":
+    main()
