@@ -1,6 +1,7 @@
-"""azureml/score.py as a module. `import azureml.score` would shadow Microsoft's packages of that name."""
+"""The scripts of azureml/ as modules. `import azureml.score` would shadow Microsoft's packages of that name."""
 
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -16,3 +17,6 @@ def load_script(name: str = "score") -> ModuleType:
 
 
 score = load_script()
+batch_score = load_script("batch_score")
+wire = sys.modules["wire"]
+weights = sys.modules["weights"]

@@ -5,9 +5,17 @@ from pathlib import Path
 
 import pytest
 import yaml
-from azure.ai.ml import load_environment, load_model, load_online_deployment, load_online_endpoint
+from azure.ai.ml import (
+    load_batch_deployment,
+    load_batch_endpoint,
+    load_compute,
+    load_environment,
+    load_model,
+    load_online_deployment,
+    load_online_endpoint,
+)
 from azure.ai.ml._utils._asset_utils import get_ignore_file, get_upload_files_from_folder
-from scoring_script import score
+from scoring_script import wire
 
 ROOT = Path(__file__).parent.parent
 AZUREML = ROOT / "azureml"
@@ -26,6 +34,8 @@ def test_environment(name):
     assert re.fullmatch(r"mcr\.microsoft\.com/azureml/.+ubuntu22\.04:\d{8}\.v\d+", body["image"]), "pinned"
     (pip,) = [item["pip"] for item in yaml.safe_load(body["condaFile"])["dependencies"] if isinstance(item, dict)]
     packages = pins(pip)
+    # What Microsoft documents as needed by batch jobs. Nothing here runs it.
+    assert {packages.pop("azureml-core"), packages.pop("azureml-dataset-runtime[fuse]")}
     assert packages.keys() == {"torch", "transformers", "azureml-inference-server-http"}
     requirements = pins((ROOT / "requirements.txt").read_text().splitlines())
     assert packages.items() <= requirements.items(), "the versions that were tested"
@@ -93,7 +103,7 @@ def worst_seconds(deployment) -> float:
     weights = 2 * 12 * HIDDEN**2  # a multiplication and an addition for each weight of a layer
     attention = 2 * 2 * length * HIDDEN  # query times key, and weight times value
     model = tokens * LAYERS * (weights + attention) / SUSTAINED[deployment.instance_type]
-    return model + 2 * score.TOKENIZER_TOKENS * TOKENISING  # once to count the tokens, once to score them
+    return model + 2 * wire.TOKENIZER_TOKENS * TOKENISING  # once to count the tokens, once to score them
 
 
 def test_the_worst_request_and_one_that_waits_for_it_end_in_time(deployment):
@@ -110,9 +120,9 @@ def test_the_worst_request_and_one_that_waits_for_it_end_in_time(deployment):
 def test_the_limits_are_those_that_the_script_reads(deployment, monkeypatch):
     for name, value in deployment.environment_variables.items():
         monkeypatch.setenv(name, value)
-    limits = score.Limits.from_environment()
+    limits = wire.Limits.from_environment()
     assert limits.tokens == int(deployment.environment_variables["RERANKER_MAX_TOKENS"])
-    read = set(re.findall(r"RERANKER_\w+", (AZUREML / "score.py").read_text()))
+    read = {name for file in AZUREML.glob("*.py") for name in re.findall(r"RERANKER_\w+", file.read_text())}
     written = {name for name in deployment.environment_variables if name.startswith("RERANKER_")}
     assert written <= read, "a misspelt variable would be ignored"
 
@@ -125,7 +135,57 @@ def test_probes_leave_time_to_load_and_to_score(deployment):
         assert probe.timeout <= probe.period
 
 
-def test_the_upload_is_the_script_and_the_package():
+@pytest.fixture
+def scorer():
+    with pytest.warns(UserWarning, match="intended as a base class"):  # the flat form's class is called old
+        return load_batch_deployment(AZUREML / "batch-deployment.yml")
+
+
+@pytest.fixture
+def cluster():
+    return load_compute(AZUREML / "batch-compute.yml")
+
+
+def test_the_batch_deployment_says_all_that_azure_needs(scorer, cluster):
+    """The SDK takes one without compute, environment or code, and every default of Azure's that does not fit."""
+    body = body_of(scorer)["properties"]
+    model, environment = load_model(AZUREML / "model.yml"), load_environment(AZUREML / "environment.yml")
+    assert body["model"]["assetId"] == f"{model.name}:{model.version}"
+    assert body["environmentId"] == f"{environment.name}:{environment.version}"
+    assert body["compute"] == cluster.name
+    assert (AZUREML / scorer.code_configuration.code / scorer.code_configuration.scoring_script).is_file()
+    assert scorer.endpoint_name == load_batch_endpoint(AZUREML / "batch-endpoint.yml").name
+    assert (body["outputAction"], body["outputFileName"]) == ("AppendRow", "scores.jsonl")
+    assert body["errorThreshold"] == 0, "a job that is Completed has all rows"
+    assert body["retrySettings"] == {"maxRetries": 3, "timeout": "PT30M"}
+    assert body["maxConcurrencyPerInstance"] == 1, "one GPU, one process"
+    assert all(isinstance(value, str) for value in scorer.environment_variables.values())
+
+
+def test_the_cluster_scales_to_zero(scorer, cluster):
+    body = cluster._to_rest_object().as_dict()["properties"]["properties"]
+    assert body["scaleSettings"]["minNodeCount"] == 0
+    assert scorer.instance_count <= body["scaleSettings"]["maxNodeCount"]
+    assert body["vmSize"] == load_online_deployment(AZUREML / "online-deployment.yml").instance_type
+    assert re.fullmatch(r"[a-z][a-z0-9-]{0,14}[a-z]", cluster.name), "2 to 16 characters"
+
+
+def test_a_batch_endpoint_knows_no_keys():
+    endpoint = load_batch_endpoint(AZUREML / "batch-endpoint.yml")
+    body = endpoint._to_rest_batch_endpoint("westeurope").as_dict()["properties"]
+    assert body["authMode"].lower() == "aadtoken"
+    assert re.fullmatch(r"[a-z][a-z0-9-]{2,31}", endpoint.name)
+
+
+def test_a_file_of_the_recommended_size_ends_in_time_at_its_slowest(scorer, cluster):
+    """10,000 pairs of 512 tokens, all in inputs of the greatest length: the comment's arithmetic."""
+    weights, attention = 2 * 12 * HIDDEN**2, 2 * 2 * wire.Limits().length * HIDDEN
+    seconds = 10_000 * 512 * LAYERS * (weights + attention) / SUSTAINED[cluster.size]
+    assert scorer.mini_batch_size == 1
+    assert 5 > scorer.retry_settings.timeout / seconds > 3
+
+
+def test_the_upload_is_the_scripts_and_the_package():
     """Named by the SDK's own code. Without .amlignore it would be the whole repository with its .git."""
     ignore = get_ignore_file(ROOT)
     uploaded = {Path(name).as_posix() for _, name in get_upload_files_from_folder(ROOT, ignore_file=ignore)}

@@ -100,7 +100,27 @@ def test_cleaning_up_in_a_new_kernel_and_twice(run, account, capsys):
         space = run(*SIGN_IN, "create-endpoint")
         assert [item.name for item in space.client.online_endpoints.list()] == [space.ENDPOINT]
         run(*SIGN_IN, "cleanup", "verify", "cleanup", "verify")
-    assert capsys.readouterr().out.count("No endpoint of this notebook is left") == 2
+    assert capsys.readouterr().out.count("No endpoint and no cluster of this notebook is left") == 2
+
+
+def test_cleaning_up_covers_the_cluster_and_the_batch_endpoint(run, account, capsys):
+    with FakeAzure():
+        space = run(*SIGN_IN, "scale-setup", "cluster", "batch-endpoint")
+        space = run(*SIGN_IN, "cleanup", "verify")
+        assert [item.name for item in space.client.compute.list()] == []
+        assert [item.name for item in space.client.batch_endpoints.list()] == []
+    out = capsys.readouterr().out
+    assert f"{space.CLUSTER} deleted" in out
+    assert f"{space.BATCH_ENDPOINT} deleted" in out
+
+
+def test_the_names_are_ones_that_azure_takes(run, account):
+    """A cluster's name ends with a letter and has at most 16 characters; an endpoint's has at most 32."""
+    with FakeAzure():
+        space = run("setup", "config", "names")
+    assert re.fullmatch(r"[a-z][a-z0-9-]{1,14}[a-z]", space.CLUSTER)
+    for name in (space.ENDPOINT, space.BATCH_ENDPOINT):
+        assert re.fullmatch(r"[a-z][a-z0-9-]{2,31}", name)
 
 
 def test_cleaning_up_touches_nobody_elses_endpoint(run, account):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from scoring_script import load_script, score
+from scoring_script import load_script, score, weights, wire
 from tiny import TEXT
 
 from reranker_helpers import rerank
@@ -24,7 +24,7 @@ def ask(tiny):
 
     def ask(request, **limits) -> tuple[int, dict]:
         body = request if isinstance(request, bytes) else json.dumps(request).encode()
-        return score.answer(body, tiny, "tiny", score.Limits(**limits), "request-7")
+        return score.answer(body, tiny, "tiny", wire.Limits(**limits), "request-7")
 
     return ask
 
@@ -88,8 +88,8 @@ def request_with(**fields) -> dict:
 
 
 REFUSED = [
-    (b"", 400, "InvalidJson", "line 1"),
-    (b"{", 400, "InvalidJson", "line 1"),
+    (b"", 400, "InvalidJson", "column 1"),
+    (b'{"query":\n}', 400, "InvalidJson", "line 2, column 1"),
     (b"\xef\xbb\xbf{}", 400, "InvalidJson", "BOM"),
     (b'{"query": "\xff"}', 400, "InvalidJson", "no UTF-8: see byte 11"),
     (b'{"query": NaN}', 400, "InvalidJson", "NaN"),
@@ -144,7 +144,7 @@ def never_called(*args):
     raise AssertionError("the model ran")
 
 
-def test_too_large_is_refused_before_the_model_runs(ask, tiny):
+def test_too_large_is_refused_before_the_model_runs(ask, tiny, monkeypatch):
     tiny.model.register_forward_pre_hook(never_called)
     long = {"query": QUERY, "documents": texts(2, 10, 100)}
 
@@ -155,10 +155,10 @@ def test_too_large_is_refused_before_the_model_runs(ask, tiny):
     assert refused(long, body_bytes=100) == (413, "BodyTooLarge")
     assert refused(long, documents=9) == (413, "TooManyDocuments")
     assert refused(long, tokens=100) == (413, "TooManyTokens")
-    assert refused({"query": "panda " * 500, "documents": [" ".join(WORDS * 400)], "max_length": 505}) == (
-        413,
-        "TooManyTokens",
-    ), "a few hundred kilobytes that the tokenizer turns into gigabytes, one token of text in each piece"
+    narrow = {"query": "panda " * 500, "documents": [" ".join(WORDS * 400)], "max_length": 505, "stride": 0}
+    assert refused(narrow) == (413, "TooManyTokens"), "gigabytes of windows that hold one token of the document each"
+    monkeypatch.setattr(wire, "TOKENIZER_TOKENS", 5000)
+    assert refused(narrow | {"stride": None}) == (413, "TooManyTokens"), "cut-off text is tokenised all the same"
 
 
 @given(
@@ -179,8 +179,8 @@ def test_the_limit_of_tokens_is_exact(ask, documents, max_length, stride):
 
 
 def test_default_requests_are_never_refused_for_their_tokens():
-    limits = score.Limits()
-    assert limits.documents * score.MAX_LENGTH <= limits.tokens
+    limits = wire.Limits()
+    assert limits.documents * wire.MAX_LENGTH <= limits.tokens
 
 
 SECRET = "the panda's secret"
@@ -242,7 +242,7 @@ def valid_answer(request: bytes, status: int, answer: dict) -> bool:
     return len(set(indexes)) == len(indexes) <= len(documents) and logits == sorted(logits, reverse=True)
 
 
-@given(st.dictionaries(st.sampled_from(score.FIELDS), values), st.booleans())
+@given(st.dictionaries(st.sampled_from(wire.FIELDS), values), st.booleans())
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_value_at_any_field(ask, fields, else_valid):
     body = json.dumps(request_with(**fields) if else_valid else fields).encode()
@@ -282,7 +282,7 @@ def test_init_in_a_folder_above(tiny_folder, tmp_path):
     copy = tmp_path / "bge" / "1" / "weights"
     copy.mkdir(parents=True)
     (copy / "config.json").write_bytes((tiny_folder / "config.json").read_bytes())
-    assert score.find_model(str(tmp_path)) == copy
+    assert weights.find_model(str(tmp_path)) == copy
 
 
 def test_init_without_a_model(tmp_path, monkeypatch, tiny_folder):
@@ -301,7 +301,7 @@ def test_init_without_a_model(tmp_path, monkeypatch, tiny_folder):
 @pytest.mark.parametrize("value", ["0", "-1", "many", "1.5", ""])
 def test_limits_from_the_environment(monkeypatch, value):
     monkeypatch.setenv("RERANKER_MAX_TOKENS", "24000")
-    assert score.Limits.from_environment() == score.Limits(tokens=24_000)
+    assert wire.Limits.from_environment() == wire.Limits(tokens=24_000)
     monkeypatch.setenv("RERANKER_MAX_DOCUMENTS", value)
     with pytest.raises(ValueError, match=f"RERANKER_MAX_DOCUMENTS is '{value}', expected a positive whole number"):
-        score.Limits.from_environment()
+        wire.Limits.from_environment()

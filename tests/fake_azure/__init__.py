@@ -18,15 +18,17 @@ import requests
 import urllib3
 from requests.adapters import HTTPAdapter
 
+from .batch_engine import BatchJob, BatchSettings
 from .inference_server import InferenceServer
 
-__all__ = ["FakeAzure", "InferenceServer"]
+__all__ = ["BatchJob", "BatchSettings", "FakeAzure", "InferenceServer"]
 
 ARM = "management.azure.com"
 LOGIN = "login.microsoftonline.com"
 STORAGE = "fakeaccount.blob.core.windows.net"
 REGION = "westeurope"
 SCORING = f".{REGION}.inference.ml.azure.com"
+HISTORY = f"{REGION}.api.azureml.ms"
 WORKSPACE = re.compile(r"(/subscriptions/[^/]+/resourceGroups/[^/]+/providers/[^/]+/workspaces/([^/]+))/?(.*)")
 # A service principal, so that DefaultAzureCredential signs in by itself and looks for no other account.
 CREDENTIALS = {
@@ -35,6 +37,20 @@ CREDENTIALS = {
     "AZURE_CLIENT_SECRET": "fake",
 }
 CORES = {"Standard_F8s_v2": 8, "Standard_NC4as_T4_v3": 4}
+
+COLLECTIONS = ("versions", "onlineEndpoints", "batchEndpoints", "deployments", "computes")
+DATASTORE = {
+    "name": "workspaceblobstore",
+    "properties": {
+        "datastoreType": "AzureBlob",
+        "accountName": STORAGE.split(".")[0],
+        "containerName": "models",
+        "protocol": "https",
+        "endpoint": "core.windows.net",
+        "credentials": {"credentialsType": "Sas"},
+        "isDefault": True,
+    },
+}
 
 send_for_real = HTTPAdapter.send
 
@@ -81,6 +97,7 @@ class FakeAzure:
         self._operations: dict[str, Callable[[], dict]] = {}
         self._metadata: dict[str, dict[str, str]] = {}
         self._servers: dict[str, InferenceServer] = {}
+        self._jobs: dict[str, BatchJob] = {}
         self._calls: dict[str, int] = {}
         self._lock = threading.Lock()
 
@@ -104,6 +121,8 @@ class FakeAzure:
                 os.environ[name] = value
         for server in self._servers.values():
             server.stop()
+        for job in self._jobs.values():
+            job.cancel()
         shutil.rmtree(self._root, ignore_errors=True)
 
     def __enter__(self) -> "FakeAzure":
@@ -116,9 +135,11 @@ class FakeAzure:
         url = urlsplit(request.url)
         if url.hostname in ("127.0.0.1", "localhost"):
             return send_for_real(adapter, request, **options)
-        handler = {LOGIN: self._sign_in, ARM: self._manage, STORAGE: self._store}.get(url.hostname)
+        handler = {LOGIN: self._sign_in, ARM: self._manage, STORAGE: self._store, HISTORY: self._describe_run}.get(
+            url.hostname
+        )
         if url.hostname.endswith(SCORING):
-            handler = self._score
+            handler = self._submit if url.path == "/jobs" else self._score
         if handler is None:
             self.blocked.append(url.hostname)
             raise requests.ConnectionError(f"fake_azure: {url.hostname} is refused, nothing leaves this machine")
@@ -164,13 +185,14 @@ class FakeAzure:
         with self._lock:
             match [request.method, *parts]:
                 case ["GET", ""]:
-                    return Answer(200, {"id": workspace, "name": name, "location": REGION, "properties": {}})
+                    properties = {"discoveryUrl": f"https://{HISTORY}/discovery"}
+                    return Answer(200, {"id": workspace, "name": name, "location": REGION, "properties": properties})
                 case ["GET", "operations", operation]:
                     return Answer(200, self._operations[operation](), Retry_After=0.3)
+                case ["GET", "datastores"]:
+                    return Answer(200, {"value": [DATASTORE]})
                 case ["GET", "datastores", _]:
-                    account = {"accountName": STORAGE.split(".")[0], "containerName": "models", "protocol": "https"}
-                    account |= {"endpoint": "core.windows.net", "credentials": {"credentialsType": "Sas"}}
-                    return Answer(200, {"name": parts[1], "properties": {"datastoreType": "AzureBlob", **account}})
+                    return Answer(200, DATASTORE)
                 case ["POST", "datastores", _, "listSecrets"]:
                     return Answer(200, {"secretsType": "Sas", "sasToken": "sig=fake"})
                 case ["POST", "codes", code, "versions", _, "startPendingUpload"]:
@@ -189,15 +211,25 @@ class FakeAzure:
                     return self._put_endpoint(workspace, path, endpoint, sent)
                 case ["PUT", "onlineEndpoints", endpoint, "deployments", deployment]:
                     return self._put_deployment(workspace, path, endpoint, deployment, sent)
+                case ["PUT", "batchEndpoints", endpoint]:
+                    sent["properties"]["scoringUri"] = f"https://{endpoint}{SCORING}/jobs"
+                    return self._done(workspace, self._keep(workspace, path, sent))
+                case ["PUT", "batchEndpoints", _, "deployments", _]:
+                    self._check_registered(workspace, path, sent["properties"])
+                    return self._done(workspace, self._keep(workspace, path, sent))
+                case ["PUT", "computes", _]:
+                    return self._done(workspace, self._keep(workspace, path, sent))
+                case ["GET", "jobs", job] if job in self._jobs:
+                    return Answer(200, self._describe_job(workspace, job))
                 case ["PUT", _, _, "versions", _]:
                     return Answer(201, self._keep(workspace, path, sent))
-                case ["DELETE", "onlineEndpoints", *_]:
+                case ["DELETE", "onlineEndpoints" | "batchEndpoints" | "computes", *_]:
                     return self._delete(workspace, path)
                 case ["GET", "models" | "environments", asset]:
                     versions = [int(key.split("/")[-1]) for key in self._resources if key.startswith(f"{path}/")]
                     following = {"nextVersion": str(max(versions, default=0) + 1)}
                     return Answer(200, {"name": asset, "properties": following})
-                case ["GET", *_] if parts[-1] in ("versions", "onlineEndpoints", "deployments"):
+                case ["GET", *_] if parts[-1] in COLLECTIONS:
                     depth = path.count("/") + 1
                     keys = [k for k in self._resources if k.startswith(f"{path}/") and k.count("/") == depth]
                     return Answer(200, {"value": [self._resources[key] for key in keys]})
@@ -225,23 +257,32 @@ class FakeAzure:
         if unknown:
             raise error(400, "BadRequest", f"traffic names deployments that do not exist: {unknown}")
         sent["properties"]["scoringUri"] = f"https://{endpoint}{SCORING}/score"
-        resource = self._keep(workspace, path, sent)
+        return self._done(workspace, self._keep(workspace, path, sent))
+
+    def _done(self, workspace: str, resource: dict) -> Answer:
         return self._long_running(workspace, 201, resource, lambda: {"status": "Succeeded"})
+
+    def _check_registered(self, workspace: str, path: str, properties: dict) -> tuple[str, str]:
+        """Raise 404 unless what a deployment names is registered. Return the keys of its model and its code."""
+        model = properties["model"]
+        names = [model if isinstance(model, str) else model["assetId"], properties["codeConfiguration"]["codeId"]]
+        names += [properties["environmentId"], properties.get("compute", "/".join(path.split("/")[:2]))]
+        keys = ["/".join(path.split("/")[:2]), *(name.removeprefix(f"{workspace}/") for name in names)]
+        missing = [key for key in keys if key not in self._resources]
+        if missing:
+            raise error(404, "ResourceNotFound", f"not registered: {missing}")
+        return keys[1], keys[2]
 
     def _put_deployment(self, workspace: str, path: str, endpoint: str, deployment: str, sent: dict) -> Answer:
         properties = sent["properties"]
         properties.setdefault("scaleSettings", {"scaleType": "Default"})
-        keys = [properties[name].removeprefix(f"{workspace}/") for name in ("environmentId", "model")]
-        keys.append(properties["codeConfiguration"]["codeId"].removeprefix(f"{workspace}/"))
-        missing = [key for key in [f"onlineEndpoints/{endpoint}", *keys] if key not in self._resources]
-        if missing:
-            raise error(404, "ResourceNotFound", f"not registered: {missing}")
+        model, code = self._check_registered(workspace, path, properties)
         if path in self._servers:
             self._servers.pop(path).stop()
         resource = self._keep(workspace, path, sent)
         failure = self._quota_exceeded()
         if not failure:
-            self._servers[path] = self._start(keys[1], keys[2], properties, f"{endpoint}-{deployment}")
+            self._servers[path] = self._start(model, code, properties, f"{endpoint}-{deployment}")
 
         def poll() -> dict:
             server = self._servers.get(path)
@@ -271,20 +312,75 @@ class FakeAzure:
         return None
 
     def _start(self, model: str, code: str, properties: dict, name: str) -> InferenceServer:
-        """Lay out the uploaded files as in Azure's container, and start Azure's server on them."""
+        """Start Azure's server on the uploaded files."""
+        app_root, script, model_dir = self._lay_out(model, code, properties, name)
+        variables = properties.get("environmentVariables", {})
+        return InferenceServer(app_root, script, model_dir, variables, app_root.parent / "log.txt")
+
+    def _lay_out(self, model: str, code: str, properties: dict, name: str) -> tuple[Path, Path, Path]:
+        """Put the uploaded files where Azure's container has them. Return root, script and model folder."""
         app_root = self._root / "instances" / f"{name}-{uuid.uuid4()}" / "var" / "azureml-app"
         blobs = self._resources[code]["properties"]["codeUri"].removeprefix(f"https://{STORAGE}/")
         code_folder = app_root / "code"
         shutil.copytree(self._root / "blobs" / blobs, code_folder)
         _, model_name, _, version = model.split("/")
         model_dir = app_root / "azureml-models" / model_name / version
-        blobs = self._resources[model]["properties"]["modelUri"].split("/paths/")[1].rstrip("/")
-        source = self._root / "blobs" / "models" / blobs
+        source = self._blobs(self._resources[model]["properties"]["modelUri"])
         # Links, not copies: the real weights are 2.3 GB.
         shutil.copytree(source, model_dir / source.name, copy_function=os.link)
-        script = code_folder / properties["codeConfiguration"]["scoringScript"]
-        variables = properties.get("environmentVariables", {})
-        return InferenceServer(app_root, script, model_dir, variables, app_root.parent / "log.txt")
+        return app_root, code_folder / properties["codeConfiguration"]["scoringScript"], model_dir
+
+    def _blobs(self, uri: str) -> Path:
+        """Return the folder of a URI of the datastore."""
+        return self._root / "blobs" / "models" / uri.split("/paths/")[1].rstrip("/")
+
+    def _submit(self, request: requests.PreparedRequest, url: SplitResult, body: bytes) -> Answer:
+        """A batch endpoint's address: start a job with the default deployment on the files of a folder."""
+        name = url.hostname.removesuffix(SCORING)
+        path = f"batchEndpoints/{name}"
+        endpoint = self._resources.get(path)
+        if endpoint is None:
+            raise requests.ConnectionError(f"fake_azure: the name {url.hostname} is not known")
+        if request.headers.get("Authorization") != f"Bearer {token('https://ml.azure.com/.default')}":
+            raise error(401, "Unauthorized", "no or another credential")
+        chosen = (endpoint["properties"].get("defaults") or {}).get("deploymentName")
+        deployment = self._resources.get(f"{path}/deployments/{chosen}")
+        if deployment is None:
+            raise error(400, "BadRequest", f"the endpoint has no default deployment that exists: {chosen}")
+        properties = deployment["properties"]
+        retries = properties["retrySettings"]
+        settings = BatchSettings(
+            properties["resources"]["instanceCount"] * properties["maxConcurrencyPerInstance"],
+            properties["miniBatchSize"],
+            retries["maxRetries"],
+            seconds(retries["timeout"]),
+            properties["errorThreshold"],
+        )
+        (data,) = json.loads(body)["properties"]["inputData"].values()
+        workspace = deployment["id"].removesuffix(f"/{path}/deployments/{chosen}")
+        model, code = self._check_registered(workspace, f"{path}/deployments/{chosen}", properties)
+        job = str(uuid.uuid4())
+        app_root, script, model_dir = self._lay_out(model, code, properties, name)
+        self._jobs[job] = BatchJob(
+            script,
+            sorted(file for file in self._blobs(data["uri"]).rglob("*") if file.is_file()),
+            self._root / "blobs" / "models" / "azureml" / job / "score" / properties["outputFileName"],
+            settings,
+            properties["environmentVariables"] | {"AZUREML_MODEL_DIR": str(model_dir)},
+            app_root.parent / "log.txt",
+        )
+        self._jobs[job].start()
+        return Answer(201, self._describe_job(workspace, job))
+
+    def _describe_job(self, workspace: str, job: str) -> dict:
+        properties = {"jobType": "Pipeline", "status": self._jobs[job].status, "properties": {}, "tags": {}}
+        return {"id": f"{workspace}/jobs/{job}", "name": job, "properties": properties}
+
+    def _describe_run(self, request: requests.PreparedRequest, url: SplitResult, body: bytes) -> Answer:
+        """The run history, where the SDK looks up a job's outputs. They have no names, so it looks where they are."""
+        if url.path == "/discovery":
+            return Answer(200, dict.fromkeys(("api", "history"), f"https://{HISTORY}"))
+        return Answer(200, {"runMetadata": {"outputs": {}}})
 
     def _delete(self, workspace: str, path: str) -> Answer:
         if path not in self._resources:
@@ -321,10 +417,30 @@ class FakeAzure:
             case ["PUT", "metadata"]:
                 self._metadata[path] = {k: v for k, v in request.headers.items() if k.lower().startswith("x-ms-meta-")}
                 return Answer(200, **written)
+            case ["GET", "list"]:
+                container = self._root / "blobs" / path
+                files = [item for item in container.rglob("*") if item.is_file()]
+                sizes = {item.relative_to(container).as_posix(): item.stat().st_size for item in files}
+                properties = "<Etag>0</Etag><BlobType>BlockBlob</BlobType><Content-Length>{}</Content-Length>"
+                blobs = "".join(
+                    f"<Blob><Name>{name}</Name><Properties>{properties.format(size)}</Properties></Blob>"
+                    for name, size in sorted(sizes.items())
+                    if name.startswith(query["prefix"][0])
+                )
+                xml = f"<EnumerationResults><Blobs>{blobs}</Blobs><NextMarker/></EnumerationResults>".encode()
+                answer = Answer(200, Content_Type="application/xml", Content_Length=len(xml))
+                answer.body = xml
+                return answer
             case ["HEAD" | "GET"] if file.is_file():
+                size = file.stat().st_size
                 answer = Answer(200, **written)
-                answer.headers |= self._metadata.get(path, {}) | {"Content-Length": str(file.stat().st_size)}
+                answer.headers |= self._metadata.get(path, {}) | {"Content-Length": str(size)}
                 answer.body = file.read_bytes() if request.method == "GET" else b""
+                if "x-ms-range" in request.headers and size:
+                    first, last = map(int, request.headers["x-ms-range"].removeprefix("bytes=").split("-"))
+                    answer.status, answer.body = 206, answer.body[first : last + 1]
+                    answer.headers["Content-Range"] = f"bytes {first}-{first + len(answer.body) - 1}/{size}"
+                    answer.headers["Content-Length"] = str(len(answer.body))
                 return answer
             case ["HEAD" | "GET", *_]:
                 raise error(404, "BlobNotFound", f"no blob {path}")

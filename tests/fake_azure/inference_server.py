@@ -12,6 +12,12 @@ from pathlib import Path
 import requests
 
 
+def container_environment() -> dict[str, str]:
+    """Return this process's variables, without those about models and Azure: a container does not have them."""
+    private = ("AZURE", "AML", "RERANKER", "HF_", "PYTHON", "WORKER", "SCORING")
+    return {name: value for name, value in os.environ.items() if not name.startswith(private)}
+
+
 class InferenceServer:
     """Azure's real inference server on a scoring script, as in Azure's container. A context manager.
 
@@ -30,11 +36,7 @@ class InferenceServer:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.log = log
-        inherited = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(("AZURE", "AML", "RERANKER", "HF_", "PYTHON", "WORKER", "SCORING"))
-        }
+        inherited = container_environment()
         # Its default is a socket in the home folder, one for all servers.
         inherited["GUNICORN_CMD_ARGS"] = "--no-control-socket"
         command = [sys.executable, "-m", "azureml_inference_server_http", "--entry_script", str(entry_script)]

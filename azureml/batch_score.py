@@ -1,0 +1,230 @@
+"""Scoring script of the batch endpoint: JSON Lines files of requests in, one row for each scored document out.
+
+Azure's batch engine calls `init()` once per process and `run()` with the paths of some files. It gives files whose
+`run()` raised, or whose process died, to a process again, and appends what `run()` returned to one file, in any order.
+
+Line:  {"id": str or int, "query": str, "documents": [str or {"text": str}], ...}, with the options of the online
+       endpoint, or {"id": str or int, "pairs": [[query, document], ...], ...} with the same options
+Row:   {"id", "index", "logit", "relevance_score", "rank", "truncated", "document"?}, JSON on one line
+Error: {"id", "file", "line", "error": {"code": str, "message": str}}, in place of the line's rows
+
+`index` is the position in documents or pairs. `rank` 1 is the best of the line's documents for the same query. A line
+without documents has one row, in which everything but the id is null. Every line has a row; empty ones are skipped.
+
+Ids are to be unique in the whole input. One that repeats within a file is an error; over several files, which different
+machines may score, only the reader of the rows can see it: `id` and `index` together are then there twice.
+"""
+
+import json
+import logging
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+# Azure puts neither this folder nor the one above it on the path; reranker_helpers is uploaded beside azureml/.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from weights import load_model
+from wire import (
+    FIELDS,
+    OPTIONS,
+    Limits,
+    Options,
+    Refused,
+    check_count,
+    check_document,
+    check_options,
+    check_query,
+    check_request,
+    check_size,
+    check_tokens,
+    error_json,
+    known_fields,
+    load_object,
+)
+
+from reranker_helpers import Reranker
+from reranker_helpers.scoring import ScoredPair, score_pairs
+
+logger = logging.getLogger("reranker.batch")
+
+Row = dict[str, Any]
+
+
+class Line(NamedTuple):
+    """A line of a file that is well-formed and within the limits, and what names it in its rows."""
+
+    id: str | int
+    file: str
+    number: int
+    name: str
+    """"documents" or "pairs": what the line calls its list."""
+    pairs: list[tuple[str, str]]
+    options: Options
+
+
+def init() -> None:
+    """Load the model, as `weights.load_model` says, and read the limits of a line from the environment."""
+    global _reranker, _limits
+    logging.basicConfig()
+    logger.setLevel(logging.INFO)  # not the root: the engine's own libraries would fill the log
+    _limits = Limits.from_environment()
+    _reranker, model_name = load_model()
+    logger.info("%s ready on %s in %s, %s", model_name, _reranker.device, _reranker.model.dtype, _limits)
+
+
+def run(mini_batch: list[str]) -> list[str]:
+    """Score some files.
+
+    Args:
+        mini_batch: the files' paths.
+
+    Returns:
+        Rows as JSON, at least one for each file. Not a DataFrame: the engine would separate its columns by spaces, and
+        ids and documents may hold spaces, quotes and line breaks.
+
+    Raises:
+        OSError: a file can't be read, now. The engine tries the mini-batch again.
+        Exception: the model does not work any more, whatever is in the lines. The engine tries again, too.
+    """
+    started = time.perf_counter()
+    rows = score_files(mini_batch, _reranker, _limits)
+    errors = sum("error" in row for row in rows)
+    seconds = time.perf_counter() - started
+    logger.info("%d files, %d rows, %d errors in %.1f s", len(mini_batch), len(rows), errors, seconds)
+    # ASCII: no character that some reader takes for the end of a line.
+    return [json.dumps(row, allow_nan=False) for row in rows]
+
+
+def score_files(paths: list[str], reranker: Reranker, limits: Limits) -> list[Row]:
+    """Return the rows of some files, as `run`. All lines are checked first; then those with the same max_length and
+    stride are scored in one pass over their pairs, which sorts them by length."""
+    rows: list[Row] = []
+    passes: dict[tuple[int, int | None], list[Line]] = {}
+    for path in paths:
+        for line in read_lines(path, reranker, limits):
+            if isinstance(line, Line):
+                passes.setdefault((line.options.max_length, line.options.stride), []).append(line)
+            else:
+                rows.append(line)
+    internal = False
+    for lines in passes.values():
+        for line, scored in zip(lines, _score(lines, reranker), strict=True):
+            if isinstance(scored, Exception):
+                # What is wrong with a text or its logit is a ValueError or an ArithmeticError.
+                internal = internal or not isinstance(scored, ValueError | ArithmeticError)
+                message = str(scored) or type(scored).__name__
+                rows.append(_error_row(line.id, line.file, line.number, "ScoringFailed", message))
+            else:
+                rows.extend(_rank(line, scored))
+    if internal:
+        # Was it the line, or the machine? A GPU that is gone fails this, too: then another process should try.
+        score_pairs([("warm-up", "warm-up")], *reranker)
+    return rows
+
+
+def read_lines(path: str, reranker: Reranker, limits: Limits) -> Iterator[Line | Row]:
+    """Yield each line of a file, checked, or the row that says what is wrong with it. Raises OSError."""
+    content = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")  # Windows tools begin UTF-8 with a mark
+    first: dict[tuple[type, str | int], int] = {}
+    # Only \n ends a line: a JSON string may hold what str.splitlines takes for an end.
+    for number, text in enumerate(content.split(b"\n"), start=1):
+        if not text.strip():
+            continue
+        id_ = None
+        try:
+            fields = load_object(text.strip(), "the line")
+            id_ = fields.pop("id", None)
+            if isinstance(id_, bool) or not isinstance(id_, str | int):
+                id_ = None
+                raise Refused(400, "MissingId", "id is missing, or no string and no whole number: each line needs one")
+            earlier = first.setdefault((type(id_), id_), number)
+            if earlier != number:
+                raise Refused(400, "RepeatedId", f"the id is that of line {earlier}: rows could not be told apart")
+            check_size(text, limits, "the line")
+            yield _parse(fields, id_, path, number, reranker, limits)
+        except Refused as refused:
+            yield _error_row(id_, path, number, refused.code, str(refused))
+    if not content.strip():
+        # The engine takes fewer rows than files for a failure.
+        yield _error_row(None, path, 1, "EmptyFile", "the file has no lines")
+
+
+def _parse(fields: Row, id_: str | int, path: str, number: int, reranker: Reranker, limits: Limits) -> Line:
+    if "pairs" in fields:
+        fields = known_fields(fields, ("pairs", *OPTIONS))
+        pairs = _pairs(fields.get("pairs"), limits)
+        line = Line(id_, path, number, "pairs", pairs, check_options(fields, limits))
+    else:
+        query, documents, *rest = check_request(known_fields(fields, FIELDS), limits)
+        pairs = [(query, document) for document in documents]
+        line = Line(id_, path, number, "documents", pairs, Options(*rest))
+    check_tokens(pairs, line.name, line.options.max_length, line.options.stride, reranker, limits)
+    return line
+
+
+def _pairs(values: Any, limits: Limits) -> list[tuple[str, str]]:
+    check_count("pairs", values, limits)
+    pairs = []
+    for place, pair in enumerate(values):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise Refused(400, "WrongType", f"pairs[{place}] is no list of two, expected [query, document]")
+        pairs.append((check_query(f"pairs[{place}][0]", pair[0]), check_document(f"pairs[{place}][1]", pair[1])))
+    return pairs
+
+
+def _error_row(id_: str | int | None, path: str, number: int, code: str, message: str) -> Row:
+    return {"id": id_, "file": path, "line": number, **error_json(code, message)}
+
+
+def _score(lines: list[Line], reranker: Reranker) -> list[list[ScoredPair] | Exception]:
+    """Return the scored pairs of each line, or why they could not be scored.
+
+    A pass that fails is tried again in two halves, until the lines at fault are alone.
+    """
+    max_length, stride = lines[0].options.max_length, lines[0].options.stride
+    try:
+        scored = iter(
+            score_pairs(
+                [pair for line in lines for pair in line.pairs],
+                *reranker,
+                max_length=max_length,
+                stride=stride,
+                name=lines[0].name,
+            )
+        )
+        return [[next(scored) for _ in line.pairs] for line in lines]
+    except Exception as error:
+        if len(lines) == 1:
+            return [error]
+    half = len(lines) // 2
+    return _score(lines[:half], reranker) + _score(lines[half:], reranker)
+
+
+def _rank(line: Line, scored: list[ScoredPair]) -> Iterator[Row]:
+    """Yield the rows of a line, best document first."""
+    if not scored:
+        yield {"id": line.id, "index": None, "logit": None, "relevance_score": None, "rank": None, "truncated": None}
+        return
+    logits = [max(passage.logit for passage in pair.passages) for pair in scored]
+    probabilities = torch.tensor(logits, dtype=torch.float32).sigmoid().tolist()
+    ranks: Counter[str] = Counter()
+    for index in sorted(range(len(logits)), key=lambda index: (-logits[index], index)):
+        query, document = line.pairs[index]
+        ranks[query] += 1
+        if line.options.top_n is not None and ranks[query] > line.options.top_n:
+            continue
+        yield {
+            "id": line.id,
+            "index": index,
+            "logit": logits[index],
+            "relevance_score": probabilities[index],
+            "rank": ranks[query],
+            "truncated": scored[index].truncated,
+        } | ({"document": {"text": document}} if line.options.return_documents else {})

@@ -1,0 +1,259 @@
+"""The wire format, for both scoring scripts: what a request may say, how much it may ask for, what errors look like."""
+
+import json
+import math
+import os
+from typing import Any, NamedTuple
+
+from reranker_helpers import MAX_LENGTH, Reranker
+from reranker_helpers.scoring import check_limits, check_text, query_names
+from reranker_helpers.tokenising import count_tokens
+
+TOKENIZER_TOKENS = 2_000_000
+"""What the tokenizer may produce for one request: it keeps about 300 bytes a token, also of text that is cut off."""
+
+OPTIONS = ("top_n", "return_documents", "max_length", "stride", "model")
+FIELDS = ("query", "documents", *OPTIONS)
+
+
+class Limits(NamedTuple):
+    """What one request may ask for. A request at the limits must end within the deployment's timeout.
+
+    Each can be set by an environment variable of the deployment: RERANKER_MAX_DOCUMENTS, RERANKER_MAX_TOKENS,
+    RERANKER_MAX_LENGTH, RERANKER_MAX_BODY_BYTES.
+    """
+
+    documents: int = 1000
+    tokens: int = 512_000
+    """Sum over all inputs of the model, the query's tokens counted each time: 1,000 documents of 512."""
+    length: int = 8192
+    """The largest `max_length`; the model's own limit holds too."""
+    body_bytes: int = 8 * 2**20
+
+    @classmethod
+    def from_environment(cls) -> "Limits":
+        """Read the variables. Raises ValueError for a value that is no positive whole number."""
+        limits = {}
+        for field in cls._fields:
+            variable = f"RERANKER_MAX_{field.upper()}"
+            value = os.environ.get(variable, str(cls._field_defaults[field]))
+            if not value.isdecimal() or int(value) == 0:
+                raise ValueError(f"the environment variable {variable} is {value!r}, expected a positive whole number")
+            limits[field] = int(value)
+        return cls(**limits)
+
+
+class Options(NamedTuple):
+    """How to rank, checked."""
+
+    top_n: int | None
+    return_documents: bool
+    max_length: int
+    stride: int | None
+
+
+class Request(NamedTuple):
+    """A request that is well-formed and within the limits, as far as that shows without counting tokens."""
+
+    query: str
+    documents: list[str]
+    top_n: int | None
+    return_documents: bool
+    max_length: int
+    stride: int | None
+
+
+class Refused(Exception):
+    """The request can't be served, and the client can mend it: the HTTP status, a code and a message for the client."""
+
+    def __init__(self, status: int, code: str, message: str):
+        super().__init__(message)
+        self.status = status
+        self.code = code
+
+
+def error_json(code: str, message: str) -> dict[str, Any]:
+    """Return an error as clients get it. The Azure SDK understands this form, and crashes on {"error": "text"}."""
+    return {"error": {"code": code, "message": message}}
+
+
+def parse(body: bytes, limits: Limits) -> Request:
+    """Check a request's JSON. Raises `Refused`, whose message names the field and never quotes a text."""
+    check_size(body, limits)
+    return check_request(known_fields(load_object(body), FIELDS), limits)
+
+
+def check_size(body: bytes, limits: Limits, what: str = "the body") -> None:
+    """Raise `Refused`, whose message calls the bytes `what`, if they are too many."""
+    if len(body) > limits.body_bytes:
+        raise Refused(
+            413, "BodyTooLarge", f"{what} has more than {limits.body_bytes:,} bytes: send fewer or shorter documents"
+        )
+
+
+def load_object(body: bytes, what: str = "the body") -> dict[str, Any]:
+    """Read a JSON object. Raises `Refused`, whose message calls the bytes `what`."""
+    try:
+        fields = json.loads(body.decode(), parse_constant=_no_constant)
+    except UnicodeDecodeError as error:
+        raise Refused(400, "InvalidJson", f"{what} is no UTF-8: see byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
+        raise Refused(400, "InvalidJson", f"{what} is no JSON: {error.msg}, {place}") from None
+    except (ValueError, RecursionError):
+        message = f"{what} is no JSON that can be read: NaN, Infinity, a number of thousands of digits or deep nesting"
+        raise Refused(400, "InvalidJson", message) from None
+    if not isinstance(fields, dict):
+        raise Refused(400, "WrongType", f"{what} is {_kind(fields)}, expected an object with query and documents")
+    return fields
+
+
+def known_fields(fields: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """Return the fields that are not null. Raises `Refused` for one that is not in `names`."""
+    for name in fields:
+        if name not in names:
+            raise Refused(400, "UnknownField", f"unknown field {name[:40]!a}: the fields are {', '.join(names)}")
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def check_request(fields: dict[str, Any], limits: Limits) -> Request:
+    """Check the values of a request's fields. Raises `Refused`, as `parse`."""
+    for name in ("query", "documents"):
+        if name not in fields:
+            raise Refused(400, "MissingField", f"{name} is missing: a request needs query and documents")
+    query = check_query("query", fields["query"])
+    check_count("documents", fields["documents"], limits)
+    documents = [check_document(f"documents[{i}]", value) for i, value in enumerate(fields["documents"])]
+    return Request(query, documents, *check_options(fields, limits))
+
+
+def check_options(fields: dict[str, Any], limits: Limits) -> Options:
+    """Check the values of the fields that say how to rank, and fill in defaults. Raises `Refused`, as `parse`."""
+    _text("model", fields.get("model", ""))  # many clients send it; the answer says which model it was
+    return Options(
+        _whole_number(fields, "top_n", at_least=1),
+        _boolean(fields, "return_documents"),
+        _whole_number(fields, "max_length", at_least=1, at_most=limits.length) or min(MAX_LENGTH, limits.length),
+        _whole_number(fields, "stride", at_least=0),
+    )
+
+
+def check_query(name: str, value: object) -> str:
+    """Return `value` if it is a query. Raises `Refused`, whose message calls it `name`."""
+    text = _text(name, value)
+    if not text.strip():
+        raise Refused(422, "OutOfRange", f"{name} is empty: ask something")
+    return text
+
+
+def check_document(name: str, value: object) -> str:
+    """Return the text of a document, a string or {"text": a string}. Raises `Refused`, as `check_query`."""
+    if isinstance(value, dict) and "text" in value:
+        return _text(f"{name}.text", value["text"])
+    if not isinstance(value, str):
+        raise Refused(400, "WrongType", f'{name} is {_kind(value)}, expected a string or {{"text": a string}}')
+    return _text(name, value)
+
+
+def check_count(name: str, values: object, limits: Limits) -> None:
+    """Raise `Refused` if `values`, documents or pairs, are no list, or too many."""
+    if not isinstance(values, list):
+        raise Refused(400, "WrongType", f"{name} is {_kind(values)}, expected a list")
+    if len(values) > limits.documents:
+        raise Refused(
+            413,
+            "TooManyDocuments",
+            f"{name} has {len(values):,} entries, at most {limits.documents:,} are allowed: split them over several "
+            "requests, scores of different requests can be compared",
+        )
+
+
+def check_tokens(
+    pairs: list[tuple[str, str]],
+    name: str,
+    max_length: int,
+    stride: int | None,
+    reranker: Reranker,
+    limits: Limits,
+) -> None:
+    """Refuse, before the model runs, (query, document) pairs that leave no room for a document, or that would keep the
+    model busy too long or fill the memory. `name` is what the request calls its list: "documents" or "pairs"."""
+    model, tokenizer, _ = reranker
+    names = query_names(pairs, name)
+    try:
+        check_limits(names, model, tokenizer, max_length, stride)
+    except ValueError as error:
+        raise Refused(422, "OutOfRange", str(error)) from None
+    pairs = list(dict.fromkeys(pairs))
+    characters = sum(len(document) for _, document in pairs)
+    if not pairs:
+        return
+    if stride is None and len(pairs) * max_length <= limits.tokens and characters <= TOKENIZER_TOKENS:
+        return  # it cannot be too much, so counting would only take time
+    special = tokenizer.num_special_tokens_to_add(pair=True)
+    frames = {query: special + count for query, count in zip(names, count_tokens(list(names), tokenizer), strict=True)}
+    overlap = stride or 0
+    produced = read = 0
+    for (query, _), length in zip(pairs, count_tokens([document for _, document in pairs], tokenizer), strict=True):
+        frame = frames[query]  # the query and the special tokens are in every window
+        room = max_length - frame
+        if stride is None:
+            produced += length
+            read += frame + min(length, room)
+        else:
+            windows = max(1, math.ceil((length - overlap) / (room - overlap)))
+            produced += windows * (frame + overlap) + length - overlap
+            read = produced
+    if read > limits.tokens:
+        raise Refused(
+            413,
+            "TooManyTokens",
+            f"query and documents make {read:,} tokens for the model, the query counted with every document or window; "
+            f"at most {limits.tokens:,} are allowed: send fewer documents, or lower max_length or stride",
+        )
+    if produced > TOKENIZER_TOKENS:
+        raise Refused(
+            413,
+            "TooManyTokens",
+            f"the documents have {produced:,} tokens, at most {TOKENIZER_TOKENS:,} are allowed: send fewer or shorter "
+            "documents",
+        )
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(name)
+
+
+def _text(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise Refused(400, "WrongType", f"{name} is {_kind(value)}, expected a string")
+    try:
+        return check_text(name, value)
+    except ValueError as error:
+        raise Refused(400, "InvalidUnicode", str(error)) from None
+
+
+def _boolean(fields: dict[str, Any], name: str) -> bool:
+    value = fields.get(name, False)
+    if not isinstance(value, bool):
+        raise Refused(400, "WrongType", f"{name} is {_kind(value)}, expected true or false")
+    return value
+
+
+def _whole_number(fields: dict[str, Any], name: str, *, at_least: int, at_most: int | None = None) -> int | None:
+    value = fields.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise Refused(400, "WrongType", f"{name} is {_kind(value)}, expected a whole number")
+    if value < at_least:
+        raise Refused(422, "OutOfRange", f"{name} must be at least {at_least}")
+    if at_most is not None and value > at_most:
+        raise Refused(422, "OutOfRange", f"{name} must be at most {at_most:,} in this deployment")
+    return value
+
+
+def _kind(value: object) -> str:
+    """Return what JSON calls the type of a value."""
+    names = {type(None): "null", bool: "true or false", int: "a number", float: "a number with a fraction"}
+    return names.get(type(value)) or {str: "a string", list: "a list", dict: "an object"}[type(value)]
