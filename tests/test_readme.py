@@ -1,5 +1,6 @@
 """README.md promises: its code runs and prints what it says, its links and tables fit the files."""
 
+import ast
 import inspect
 import re
 import subprocess
@@ -14,7 +15,7 @@ import reranker_helpers
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("tests/*/**/README.md"))]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), ROOT / "benchmarks/README.md", *sorted(ROOT.glob("tests/*/**/README.md"))]
 
 
 def blocks(language: str) -> list[str]:
@@ -36,8 +37,14 @@ def test_ci_runs_the_same_test_command():
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(document):
     for link in re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8")):
-        if not link.startswith(("http://", "https://", "#")):
-            assert (document.parent / link.partition("#")[0]).exists(), link
+        if not link.startswith(("http://", "https://")):
+            file, _, heading = link.partition("#")
+            target = document.parent / file if file else document
+            assert target.exists(), link
+            headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.M) if heading else []
+            assert not heading or heading in [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings], (
+                link
+            )
 
 
 def test_the_table_lists_the_notebooks():
@@ -65,9 +72,22 @@ def test_signatures(name):
     assert f"| `{name}({', '.join(shown)})`" in README
 
 
+HELPERS = sorted((ROOT / "reranker_helpers").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", HELPERS, ids=lambda path: path.stem)
+def test_each_error_message_has_its_remedy(path):
+    troubleshooting = README.partition("## Troubleshooting")[2].partition("## ")[0]
+    raised = [node.exc for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Raise)]
+    for call in [node for node in raised if isinstance(node, ast.Call) and node.args]:
+        texts = [part.value for part in ast.walk(call.args[0]) if isinstance(part, ast.Constant)]
+        clauses = [clause.strip() for text in texts for clause in re.split("[:,]", text)]
+        assert not texts or any(len(clause) >= 12 and clause in troubleshooting for clause in clauses), clauses
+
+
 def test_numbers_are_the_codes():
-    cpu, cuda = reranker_helpers.BATCH_TOKENS["cpu"], reranker_helpers.BATCH_TOKENS["cuda"]
-    assert f"default {cpu} on a CPU, {cuda:,} on CUDA" in README
+    cpu, packed, cuda = (reranker_helpers.BATCH_TOKENS[name] for name in ("cpu", "packed", "cuda"))
+    assert f"default {packed} on a CPU ({cpu} for other models than XLM-RoBERTa), {cuda:,} on CUDA" in README
 
 
 def test_requirements_are_what_is_imported():

@@ -1,0 +1,41 @@
+"""What is said in several files is the same in all of them."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PINS = dict(re.findall(r"^([\w-]+)==([\d.]+)", (ROOT / "requirements.txt").read_text(), re.M))
+
+
+def files(*patterns: str) -> list[Path]:
+    return sorted(path for pattern in patterns for path in ROOT.glob(pattern))
+
+
+@pytest.mark.parametrize(
+    "path",
+    files("*.md", "*.ipynb", "benchmarks/*.txt", "benchmarks/*.md", ".devcontainer/*", "azureml/*.yml"),
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_torch_is_the_version_that_was_tested(path):
+    assert set(re.findall(r"\btorch==([\d.]+)", path.read_text(encoding="utf-8"))) <= {PINS["torch"]}
+
+
+def test_ci_tries_the_lowest_versions_that_are_allowed():
+    allowed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    tried = (ROOT / ".github/lowest-versions.txt").read_text().splitlines()
+    for requirement in allowed:
+        name, lowest = requirement.split(">=")
+        assert f"{name}=={lowest}.0" in tried
+
+
+@pytest.mark.parametrize(
+    "path", files("*.md", "benchmarks/*.md", ".github/workflows/*.yml"), ids=lambda path: path.name
+)
+def test_files_that_commands_name_exist(path):
+    for name in re.findall(
+        r"\b(?:tests|benchmarks|azureml|reranker_helpers)/[\w/.-]+\w", path.read_text(encoding="utf-8")
+    ):
+        assert "NAME" in name or (ROOT / name).exists(), name
