@@ -1,4 +1,4 @@
-"""The wire format, for both scoring scripts: what a request may say, how much it may ask for, what errors look like."""
+"""The wire format of both scoring scripts: what a request may say, and what errors look like."""
 
 import json
 import math
