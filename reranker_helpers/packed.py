@@ -42,7 +42,6 @@ def can_pack(model: object, device: torch.device) -> bool:
     weights = list(model.parameters())
     return (
         not config.is_decoder
-        and config.hidden_act == "gelu"
         and config._attn_implementation in ("sdpa", "eager")
         and getattr(config, "position_embedding_type", "absolute") == "absolute"
         and not torch.is_autocast_enabled("cpu")
@@ -89,26 +88,29 @@ def _embed(model: XLMRobertaForSequenceClassification, token_ids: list[list[int]
 
 def _attend(layer, readers: Tensor, tokens: Tensor, reader_lengths: list[int], lengths: list[int]) -> Tensor:
     """Let the rows of `readers`, some for each text, look at the rows of `tokens` that belong to their text."""
-    attention, output = layer.attention.self, layer.attention.output
+    output = layer.attention.output
+    seen = _look(layer.attention.self, readers, tokens, reader_lengths, lengths)
+    return _norm(_linear(seen, output.dense).add_(readers), output.LayerNorm)
 
-    def heads_of(rows: Tensor, lengths: list[int]) -> tuple[Tensor, ...]:
+
+def _look(attention, readers: Tensor, tokens: Tensor, reader_lengths: list[int], lengths: list[int]) -> Tensor:
+    def heads(rows: Tensor, lengths: list[int]) -> tuple[Tensor, ...]:
         split = rows.view(len(rows), attention.num_attention_heads, -1).transpose(0, 1)
         return split[None].split(lengths, dim=2)  # for each text (1, heads, rows, size of a head)
 
-    queries = heads_of(_linear(readers, attention.query), reader_lengths)
-    keys = heads_of(_linear(tokens, attention.key), lengths)
-    values = heads_of(_linear(tokens, attention.value), lengths)
-    seen = torch.empty_like(readers)
-    for rows, *text in zip(heads_of(seen, reader_lengths), queries, keys, values, strict=True):
-        rows.copy_(F.scaled_dot_product_attention(*text))
-    return _norm(_linear(seen, output.dense).add_(readers), output.LayerNorm)
+    seen = _linear(readers, attention.query)
+    keys, values = _linear(tokens, attention.key), _linear(tokens, attention.value)
+    texts = zip(heads(seen, reader_lengths), heads(keys, lengths), heads(values, lengths), strict=True)
+    for query, key, value in texts:
+        query.copy_(F.scaled_dot_product_attention(query, key, value))  # in its place, which saves memory
+    return seen
 
 
 def _feed_forward(layer, hidden: Tensor) -> Tensor:
     # In slices: a text of 8192 tokens would take 270 MB here at once, and memory that is used again stays in the cache.
     result = torch.empty_like(hidden)
     for rows, into in zip(hidden.split(SLICE), result.split(SLICE), strict=True):
-        inner = torch.ops.aten.gelu_(_linear(rows, layer.intermediate.dense))
+        inner = layer.intermediate.intermediate_act_fn(_linear(rows, layer.intermediate.dense))
         into.copy_(_norm(_linear(inner, layer.output.dense).add_(rows), layer.output.LayerNorm))
     return result
 
