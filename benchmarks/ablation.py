@@ -1,7 +1,8 @@
-"""What each trick of the engine gives: python -m benchmarks.ablation [layers] [documents] [rounds]
+"""What each trick of the engine gives, and where its time goes:
+python -m benchmarks.ablation [layers] [documents] [rounds]
 
-All in one process, in turn, by the wall clock. Each line leaves one thing out of the engine, or adds one that it does
-not have.
+All in one process, in turn, by the wall clock. Each line of the first table leaves one thing out of the engine, or adds
+one that it does not have.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 
+from benchmarks.compare import machine
 from benchmarks.workload import QUERY, build_model, texts
 from reranker_helpers import load_reranker, packed, score, scoring
 
@@ -71,6 +73,16 @@ def budget(tokens):
     return patch.dict(scoring.BATCH_TOKENS, {"cpu": tokens, "packed": tokens})
 
 
+def profile(pairs, reranker) -> list[str]:
+    """Return a table of the operations that take most of the time."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        score(pairs, *reranker)
+    operations = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in operations)
+    rows = [f"| {event.key} | {event.self_cpu_time_total / total:.1%} |" for event in operations[:6]]
+    return ["| operation | share of the engine's time |", "|---|---|", *rows]
+
+
 def main() -> None:
     layers, count, rounds = (int(value) for value in [*sys.argv[1:], "4", "24", "3"][:3])
     model, note = build_model(layers)
@@ -98,7 +110,9 @@ def main() -> None:
                 begin = time.perf_counter()
                 score(pairs, *reranker)
                 seconds[name].append(time.perf_counter() - begin)
-    lines = [f"{note}; {count} documents, {rounds} rounds, {torch.get_num_threads()} threads", ""]
+    found = machine("cpu")
+    lines = [f"{note}; {count} documents, {rounds} rounds, {torch.get_num_threads()} threads of {found['processor']}"]
+    lines += [f"({' '.join(found['instructions'])}), torch {torch.__version__}", ""]
     lines += ["| | time against the engine |", "|---|---|"]
     usual = statistics.median(seconds["the engine"])
     lines += [f"| {name} | {statistics.median(times) / usual:.2f} |" for name, times in seconds.items()]
@@ -108,6 +122,7 @@ def main() -> None:
         f"The budget of {scoring.BATCH_TOKENS['packed']} is the engine once more: its distance from 1 is the noise.",
     ]
     lines += ["", f"routes that were measured as faster: {json.dumps(routes)}"]
+    lines += ["", *profile(pairs, reranker)]
     assert score(pairs[:4], *reranker) == expected
     (RESULTS / "ablation.md").write_text("\n".join(["# ablation", "", *lines]) + "\n")
     print("\n".join(lines))

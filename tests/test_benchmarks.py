@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,14 @@ def test_the_readme_shows_what_was_measured():
         if line == report.HEADER:
             rows = lines[number : lines.index("", number)]
             assert set(rows) <= measured
+
+
+def test_the_readme_names_the_ratios_of_the_other_machine():
+    variants = json.loads((ROOT / "benchmarks/results/full-cpu-avx2.json").read_text())["variants"]
+    seconds = {name: statistics.median(variant["seconds"]) for name, variant in variants.items()}
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    ratios = [f"{seconds[name] / seconds['rerank']:.1f} times as" for name in ("plain", "CrossEncoder", "OpenVINO")]
+    assert f"{ratios[0]} fast as plain, {ratios[1]} CrossEncoder and {ratios[2]} OpenVINO" in text
 
 
 def test_kendall_tau():
