@@ -1,4 +1,4 @@
-"""Fixtures: the tiny reranker with random weights, as a folder and loaded."""
+"""Fixtures: the tiny reranker with random weights, as a folder and loaded, and the local Azure."""
 
 import pytest
 import torch
@@ -22,3 +22,13 @@ def tiny() -> Reranker:
     """A tiny reranker with random weights, new for each test."""
     tokenizer = make_tokenizer()
     return Reranker(make_model(len(tokenizer)), tokenizer, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def azure():
+    """A local Azure that the SDK talks to, and that nothing gets past."""
+    from fake_azure import FakeAzure  # not above: the helper's tests also run where the Azure SDK is not installed
+
+    with FakeAzure() as azure:
+        yield azure
+        assert not azure.blocked

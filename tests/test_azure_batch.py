@@ -21,7 +21,7 @@ from azure.ai.ml import (
 )
 from azure.core.exceptions import HttpResponseError, ResourceNotFoundError
 from azure.identity import DefaultAzureCredential
-from fake_azure import BatchJob, BatchSettings, FakeAzure
+from fake_azure import BatchJob, BatchSettings
 
 from reranker_helpers import load_reranker, rerank
 
@@ -121,13 +121,6 @@ def test_an_error_threshold_lets_the_job_complete_without_the_file(job):
 def test_mini_batches_of_several_files(job):
     _, rows, ids = job("one", "two", "three", mini_batch_size=2)
     assert {row["id"] for row in rows} == ids
-
-
-@pytest.fixture(scope="module")
-def azure():
-    with FakeAzure() as azure:
-        yield azure
-        assert not azure.blocked
 
 
 @pytest.fixture(scope="module")

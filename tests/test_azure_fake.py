@@ -28,13 +28,6 @@ SUBSCRIPTION = "00000000-0000-0000-0000-000000000000"
 
 
 @pytest.fixture(scope="module")
-def azure():
-    with FakeAzure() as azure:
-        yield azure
-        assert not azure.blocked
-
-
-@pytest.fixture(scope="module")
 def client(azure):
     return MLClient(
         DefaultAzureCredential(),

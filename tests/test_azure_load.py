@@ -1,7 +1,7 @@
 """Load on Azure's inference server with azureml/score.py: nothing is lost, nothing is wrong, memory is steady.
 
-`LOAD_REQUESTS=2000 LOAD_CLIENTS=8 pytest -s tests/test_azure_load.py` shows the figures of a longer run. Nothing leaves
-the machine.
+`LOAD_REQUESTS=2000 LOAD_CLIENTS=8 pytest -n 0 -s tests/test_azure_load.py` shows the figures of a longer run. Nothing
+leaves the machine.
 """
 
 import json

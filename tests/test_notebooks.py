@@ -86,6 +86,14 @@ def test_cells_are_short_and_explained(notebook):
         assert len(cell.source.splitlines()) <= 30, cell.id
 
 
+def test_nothing_is_wider_than_github_shows(notebook):
+    """GitHub cuts a line at about a hundred characters, and hides the rest behind a scroll bar."""
+    for cell in code_cells(notebook):
+        assert max(map(len, cell.source.splitlines())) <= 100, cell.id
+        for output in cell.outputs:
+            assert max(map(len, output.get("text", "").split("\n"))) <= 112, cell.id
+
+
 # How the Local notebook chooses its model
 
 

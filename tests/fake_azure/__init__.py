@@ -336,13 +336,7 @@ class FakeAzure:
 
     def _submit(self, request: requests.PreparedRequest, url: SplitResult, body: bytes) -> Answer:
         """A batch endpoint's address: start a job with the default deployment on the files of a folder."""
-        name = url.hostname.removesuffix(SCORING)
-        path = f"batchEndpoints/{name}"
-        endpoint = self._resources.get(path)
-        if endpoint is None:
-            raise requests.ConnectionError(f"fake_azure: the name {url.hostname} is not known")
-        if request.headers.get("Authorization") != f"Bearer {token('https://ml.azure.com/.default')}":
-            raise error(401, "Unauthorized", "no or another credential")
+        name, path, endpoint = self._admit(request, url, "batchEndpoints")
         chosen = (endpoint["properties"].get("defaults") or {}).get("deploymentName")
         deployment = self._resources.get(f"{path}/deployments/{chosen}")
         if deployment is None:
@@ -450,15 +444,7 @@ class FakeAzure:
 
     def _score(self, request: requests.PreparedRequest, url: SplitResult, body: bytes) -> Answer:
         """The endpoint's address: who may call, which deployment answers, and what Azure makes of its answer."""
-        name = url.hostname.removesuffix(SCORING)
-        path = f"onlineEndpoints/{name}"
-        endpoint = self._resources.get(path)
-        if endpoint is None:
-            raise requests.ConnectionError(f"fake_azure: the name {url.hostname} is not known")
-        mode = endpoint["properties"]["authMode"]
-        secret = f"{name}-key-1" if mode == "Key" else token("https://ml.azure.com/.default")
-        if request.headers.get("Authorization") != f"Bearer {secret}":
-            raise error(401, "Unauthorized", f"the endpoint's authentication mode is {mode}: no or another credential")
+        _, path, endpoint = self._admit(request, url, "onlineEndpoints")
         deployment = request.headers.get("azureml-model-deployment") or self._choose(path, endpoint)
         server = self._servers.get(f"{path}/deployments/{deployment}")
         if server is None:
@@ -479,6 +465,19 @@ class FakeAzure:
             answer.headers["ms-azureml-model-error-reason"] = "model_error"
             answer.headers["ms-azureml-model-error-statuscode"] = str(reply.status_code)
         return answer
+
+    def _admit(self, request: requests.PreparedRequest, url: SplitResult, kind: str) -> tuple[str, str, dict]:
+        """Return an endpoint's name, path and properties, if there is one at this address and the caller may use it."""
+        name = url.hostname.removesuffix(SCORING)
+        path = f"{kind}/{name}"
+        endpoint = self._resources.get(path)
+        if endpoint is None:
+            raise requests.ConnectionError(f"fake_azure: the name {url.hostname} is not known")
+        mode = endpoint["properties"].get("authMode")
+        secret = f"{name}-key-1" if mode == "Key" else token("https://ml.azure.com/.default")
+        if request.headers.get("Authorization") != f"Bearer {secret}":
+            raise error(401, "Unauthorized", f"the endpoint's authentication mode is {mode}: no or another credential")
+        return name, path, endpoint
 
     def _choose(self, path: str, endpoint: dict) -> str | None:
         """Split the traffic. Azure draws by chance; a golden-ratio sequence has the same shares and is repeatable."""
