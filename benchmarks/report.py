@@ -149,7 +149,10 @@ def _line(ax, seconds: dict, label: str) -> None:
     ax.loglog(x, y, marker="o", color="#D55E00")
     ax.loglog(x, proportional, linestyle=":", color="gray")
     ax.annotate("rerank", (x[-1], y[-1]), xytext=(-4, 4), textcoords="offset points", ha="right", color="#D55E00")
-    ax.annotate("in proportion", (x[-1], proportional[-1]), xytext=(0, -12), textcoords="offset points", ha="right")
+    middle = len(x) // 2
+    ax.annotate(
+        "in proportion", (x[middle], proportional[middle]), xytext=(-8, 6), textcoords="offset points", ha="right"
+    )
     ax.set(xlabel=label, ylabel="seconds")
 
 
