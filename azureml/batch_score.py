@@ -1,4 +1,4 @@
-"""Scoring script of the batch endpoint: files of requests in, a row for each document out.
+"""Scoring script of the batch endpoint: files of requests in, a row a document out.
 
 Azure's batch engine calls `init()` once per process and `run()` with the paths of some files. It gives files whose
 `run()` raised, or whose process died, to a process again, and appends what `run()` returned to one file, in any order.

@@ -1,4 +1,4 @@
-"""Scoring script of the online endpoint: a request for a reranking in, the ranking as JSON out.
+"""Scoring script of the online endpoint: a request in, the ranking as JSON out.
 
 Azure's inference server calls `init()` once per worker and `run()` per request. Everything between the request's bytes
 and the answer is `answer()`, a plain function that needs no server.

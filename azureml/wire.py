@@ -1,4 +1,4 @@
-"""The wire format of both scoring scripts: what a request may say, and what errors look like."""
+"""The wire format of both scoring scripts: requests, their limits, and errors."""
 
 import json
 import math
