@@ -1,17 +1,16 @@
 """Load a reranker: choose device and dtype, and refuse a model that cannot rerank."""
 
+from __future__ import annotations
+
 import logging
 import os
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+import transformers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MODEL_NAME = "BAAI/bge-reranker-v2-m3"
 
@@ -56,10 +55,11 @@ def load_reranker(
     dtype, dtype_reason = _choose_dtype(dtype, device)
     try:
         # The config first: a model that cannot rerank is refused before its weights are downloaded.
-        config = AutoConfig.from_pretrained(model_name, revision=revision)
+        config = transformers.AutoConfig.from_pretrained(model_name, revision=revision)
         if config.num_labels == 1:
-            tokenizer = AutoTokenizer.from_pretrained(model_name, revision=revision)
-            model = AutoModelForSequenceClassification.from_pretrained(model_name, revision=revision, dtype=dtype)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(model_name, revision=revision)
+            auto = transformers.AutoModelForSequenceClassification
+            model = auto.from_pretrained(model_name, revision=revision, dtype=dtype)
     except (OSError, ValueError, ImportError) as error:  # ImportError: Transformers 4 for a tokenizer that is missing
         raise OSError(_how_to_get(model_name, error)) from error
     if config.num_labels != 1:

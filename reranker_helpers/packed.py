@@ -11,15 +11,21 @@ and doesn't care where a text ends. From the last layer only the first token of 
 computed. The model itself is not touched: this file reads its weights and calls its small parts.
 """
 
+from __future__ import annotations
+
 import math
 import threading
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor
-from transformers import XLMRobertaForSequenceClassification
+
+if TYPE_CHECKING:
+    from transformers import XLMRobertaForSequenceClassification
 
 SLICE = 512
 """Tokens that the feed-forward part takes at a time: its inner vectors are four times as wide as the others."""
@@ -36,7 +42,7 @@ def can_pack(model: object, device: torch.device) -> bool:
 
     Hooks, adapters, quantised or compiled parts, autocast and other attention functions take the model's own way.
     """
-    if type(model) is not XLMRobertaForSequenceClassification or device.type != "cpu":
+    if type(model) is not transformers.XLMRobertaForSequenceClassification or device.type != "cpu":
         return False
     config = model.config
     weights = list(model.parameters())

@@ -1,13 +1,17 @@
 """From logits to a ranking: the best passage of each document (MaxP), then best document first."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from .scoring import MAX_LENGTH, check_text, check_whole_number, score_pairs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Document = TypeVar("Document")
 

@@ -1,20 +1,24 @@
 """From (query, document) pairs to logits: tokenise, sort by length, batch by a budget of tokens, run, restore order."""
 
+from __future__ import annotations
+
 import logging
 import math
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from .packed import can_pack, pack_and_run
 from .tokenising import Pair, Window, count_tokens, tokenise_ahead
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MAX_LENGTH = 512
 """Default limit of a pair, in tokens: query, document and special tokens together."""

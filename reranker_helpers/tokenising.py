@@ -1,12 +1,15 @@
 """From (query, document) pairs to what the model reads: token ids within the limit, and the characters behind them."""
 
+from __future__ import annotations
+
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from tokenizers import Encoding
-from transformers import PreTrainedTokenizerBase
+if TYPE_CHECKING:
+    from tokenizers import Encoding
+    from transformers import PreTrainedTokenizerBase
 
 CHUNK = 256
 """Pairs that are tokenised at a time, while the model is busy with the ones before."""

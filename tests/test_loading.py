@@ -95,3 +95,13 @@ def test_nothing_but_torch_and_transformers_is_imported():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_importing_takes_no_longer_than_torch_and_transformers():
+    """Transformers loads its models' code when it is first asked for, which takes longer than all the rest."""
+    code = (
+        "import sys, torch, transformers; before = set(sys.modules); import reranker_helpers; "
+        "print(sorted(m for m in set(sys.modules) - before if m.startswith('transformers.')))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
