@@ -100,6 +100,8 @@ def _attend(layer, readers: Tensor, tokens: Tensor, reader_lengths: list[int], l
 
 
 def _look(attention, readers: Tensor, tokens: Tensor, reader_lengths: list[int], lengths: list[int]) -> Tensor:
+    """Return what each of `readers` sees. A function of its own, so that keys and values are gone after it."""
+
     def heads(rows: Tensor, lengths: list[int]) -> tuple[Tensor, ...]:
         split = rows.view(len(rows), attention.num_attention_heads, -1).transpose(0, 1)
         return split[None].split(lengths, dim=2)  # for each text (1, heads, rows, size of a head)

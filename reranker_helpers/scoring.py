@@ -323,10 +323,11 @@ def _forward_padded(
 ) -> torch.Tensor:
     """Pad one batch, run the model as Transformers does, and return its logits in float32, shape (windows,)."""
     lengths = [len(window.token_ids) for window in batch]
+    longest = max(lengths)
 
     def padded(rows: Iterable[list[int]], filler: int) -> torch.Tensor:
         left = tokenizer.padding_side == "left"
-        padding = ((row, [filler] * (max(lengths) - len(row))) for row in rows)
+        padding = ((row, [filler] * (longest - len(row))) for row in rows)
         tensor = torch.tensor([fill + row if left else row + fill for row, fill in padding])
         # From pinned memory a copy to a GPU runs by itself: Python goes on at once.
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
