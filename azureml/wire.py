@@ -6,7 +6,7 @@ import os
 from typing import Any, NamedTuple
 
 from reranker_helpers import MAX_LENGTH, Reranker
-from reranker_helpers.scoring import check_limits, check_text, query_names
+from reranker_helpers.checks import check_limits, check_text, query_names
 from reranker_helpers.tokenising import count_tokens
 
 TOKENIZER_TOKENS = 2_000_000

@@ -24,8 +24,10 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
+from .tokenising import Window
+
 if TYPE_CHECKING:
-    from transformers import XLMRobertaForSequenceClassification
+    from transformers import PreTrainedTokenizerBase, XLMRobertaForSequenceClassification
 
 SLICE = 512
 """Tokens that the feed-forward part takes at a time: its inner vectors are four times as wide as the others."""
@@ -38,7 +40,7 @@ _measuring = threading.Lock()
 
 
 def can_pack(model: object, device: torch.device) -> bool:
-    """Whether `pack_and_run` computes what `model` would: an XLM-RoBERTa on a CPU that nobody has changed.
+    """Whether `run_packed` computes what `model` would: an XLM-RoBERTa on a CPU that nobody has changed.
 
     Hooks, adapters, quantised or compiled parts, autocast and other attention functions take the model's own way.
     """
@@ -64,14 +66,20 @@ def can_pack(model: object, device: torch.device) -> bool:
     )
 
 
-def pack_and_run(
-    model: XLMRobertaForSequenceClassification, token_ids: list[list[int]], type_ids: list[list[int]]
+def run_packed(
+    windows: list[Window],
+    model: XLMRobertaForSequenceClassification,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
 ) -> Tensor:
-    """Return the model's logits, shape (texts, labels), for texts of any lengths in tokens."""
-    lengths = [len(ids) for ids in token_ids]
+    """Return the model's logits for the windows, shape (windows, labels), in the type that it computes in.
+
+    `can_pack(model, device)` must hold.
+    """
+    lengths = [len(window.token_ids) for window in windows]
     firsts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
     dtype = _arithmetic(model)
-    hidden = _embed(model, token_ids, type_ids).to(dtype)
+    hidden = _embed(windows, model, "token_type_ids" in tokenizer.model_input_names).to(dtype)
     *layers, last = model.roberta.encoder.layer
     for layer in layers:
         hidden = _feed_forward(layer, _attend(layer, hidden, hidden, lengths, lengths))
@@ -80,14 +88,15 @@ def pack_and_run(
     return _linear(_linear(read, model.classifier.dense).tanh(), model.classifier.out_proj)
 
 
-def _embed(model: XLMRobertaForSequenceClassification, token_ids: list[list[int]], type_ids: list[list[int]]) -> Tensor:
-    ids = [torch.tensor(text) for text in token_ids]
+def _embed(windows: list[Window], model: XLMRobertaForSequenceClassification, takes_types: bool) -> Tensor:
+    ids = [torch.tensor(window.token_ids) for window in windows]
+    types = [window.type_ids if takes_types else [0] * len(window.token_ids) for window in windows]
     # The model's own rule: count from pad_token_id + 1, and leave out whatever looks like padding.
     pad = model.roberta.embeddings.padding_idx
     positions = [(text != pad).cumsum(0) * (text != pad) + pad for text in ids]
     return model.roberta.embeddings(
         input_ids=torch.cat(ids)[None],
-        token_type_ids=torch.tensor([type_id for text in type_ids for type_id in text])[None],
+        token_type_ids=torch.tensor([type_id for text in types for type_id in text])[None],
         position_ids=torch.cat(positions)[None],
     )[0]
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
-from .scoring import MAX_LENGTH, check_text, check_whole_number, score_pairs
+from .checks import check_text, check_whole_number
+from .scoring import MAX_LENGTH, score_pairs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

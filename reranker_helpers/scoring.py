@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
-import operator
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import transformers
 from tqdm import tqdm
 
-from .packed import can_pack, pack_and_run
-from .tokenising import Pair, Window, count_tokens, tokenise_ahead
+from .checks import check_limits, check_model, check_pairs, check_whole_number, query_names
+from .packed import can_pack, run_packed
+from .padded import run_padded
+from .tokenising import Pair, Window, tokenise_ahead
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -91,7 +91,7 @@ def score(
         ArithmeticError: the model returned NaN or an infinity for a pair.
     """
     scored = score_pairs(
-        _check_pairs(pairs),
+        check_pairs(pairs),
         model,
         tokenizer,
         device,
@@ -121,12 +121,12 @@ def score_pairs(
     """
     device = torch.device(device)
     max_length, stride = check_limits(query_names(pairs, name), model, tokenizer, max_length, stride)
-    _check_model(model, device)
+    check_model(model, device)
     packed = can_pack(model, device)
     if batch_tokens is None:
         batch_tokens = BATCH_TOKENS["packed"] if packed else BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"])
     batch_tokens = check_whole_number("batch_tokens", batch_tokens, at_least=1)
-    forward = _forward_packed if packed else _forward_padded
+    forward = run_packed if packed else run_padded
     if not pairs:
         return []
 
@@ -164,103 +164,6 @@ def score_pairs(
     return [scored[pair] for pair in pairs]
 
 
-def check_text(name: str, text: object) -> str:
-    """Return `text` if it is a string that can be encoded, else say what `name` is instead."""
-    if not isinstance(text, str):
-        raise TypeError(f"{name} is {type(text).__name__}, expected str")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{name} is no valid Unicode: lone surrogate at character {error.start}") from None
-    return text
-
-
-def check_whole_number(name: str, value: object, *, at_least: int) -> int:
-    """Return `value` as an int of at least `at_least`, else say what `name` is instead."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"{name} is {type(value).__name__}, expected a whole number") from None
-    if number < at_least:
-        raise ValueError(f"{name} is {number}, expected at least {at_least}")
-    return number
-
-
-def _check_pairs(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    if isinstance(pairs, str | bytes) or not isinstance(pairs, Iterable):
-        raise TypeError(f"pairs is {type(pairs).__name__}, expected a list of (query, document) tuples")
-    checked = []
-    for place, pair in enumerate(pairs):
-        if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
-            raise TypeError(f"pairs[{place}] is {type(pair).__name__}, expected a (query, document) tuple")
-        query, document = pair
-        checked.append((check_text(f"pairs[{place}][0]", query), check_text(f"pairs[{place}][1]", document)))
-    return checked
-
-
-def query_names(pairs: Iterable[Pair], name: str) -> dict[str, str]:
-    """Return what an error calls each query: "query" where the list is "documents", else its first place."""
-    names: dict[str, str] = {}
-    for place, (query, _) in enumerate(pairs):
-        names.setdefault(query, "query" if name == "documents" else f"{name}[{place}][0]")
-    return names
-
-
-def check_limits(
-    queries: Mapping[str, str],
-    model: Callable[..., Any],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    stride: int | None,
-) -> tuple[int, int | None]:
-    """Return `max_length` and `stride` as ints, if the model reads so much and each query leaves room for a document.
-
-    `queries` maps each query to what an error calls it. Raises TypeError or ValueError.
-    """
-    max_length = check_whole_number("max_length", max_length, at_least=1)
-    if stride is not None:
-        stride = check_whole_number("stride", stride, at_least=0)
-    limit = tokenizer.model_max_length
-    config = getattr(model, "config", None)
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions:
-        # The RoBERTa family counts positions from pad_token_id + 1: bge-reranker-v2-m3 has 8194, of which 8192 serve.
-        offset = config.pad_token_id + 1 if "roberta" in config.model_type else 0
-        limit = min(limit, positions - offset)
-    if max_length > limit:
-        raise ValueError(f"max_length is {max_length}, but the model reads at most {limit} tokens")
-    if not queries:
-        return max_length, stride
-    lengths = count_tokens(list(queries), tokenizer)
-    special = tokenizer.num_special_tokens_to_add(pair=True)
-    longest = max(lengths)
-    room = max_length - special - longest
-    if room < 1:
-        name = list(queries.values())[lengths.index(longest)]
-        raise ValueError(
-            f"{name} has {longest} tokens, which with {special} special tokens leaves no room for a document in "
-            f"max_length={max_length}: shorten the query or raise max_length"
-        )
-    if stride is not None and stride >= room:
-        raise ValueError(
-            f"stride is {stride}, but beside the query a window holds {room} tokens of the document, and windows must "
-            "overlap by less than that: lower stride or raise max_length"
-        )
-    return max_length, stride
-
-
-def _check_model(model: Callable[..., Any], device: torch.device) -> None:
-    if not isinstance(model, torch.nn.Module):
-        return
-    if model.training:
-        raise ValueError("the model is in training mode, where dropout makes scores random: call model.eval() first")
-    weight = next(model.parameters(), None)
-    if weight is not None and weight.device.type != device.type:
-        raise ValueError(f"device is {str(device)!r}, but the model is on {str(weight.device)!r}: pass that one")
-
-
 def _run(
     chunks: Iterable[list[Window]],
     forward: Callable[[list[Window]], torch.Tensor],
@@ -269,7 +172,7 @@ def _run(
 ) -> Iterator[tuple[_Input, float]]:
     """Return what the model read, each with its logit, in the order in which it was read.
 
-    `forward` takes a batch and returns its logits, still on the device.
+    `forward` takes a batch and returns its logits, shape (windows, 1), still on the device.
     `done(pair)` is called when a pair's last window has been given to the model.
     """
     inputs, logits = [], []
@@ -284,7 +187,7 @@ def _run(
                 longest = len(queue[begin].token_ids)
                 batch = queue[begin : begin + max(1, batch_tokens // longest)]
                 try:
-                    logits.append(forward(batch))
+                    logits.append(_one_logit_each(forward(batch), len(batch)))
                 except torch.cuda.OutOfMemoryError:
                     if len(batch) == 1:
                         raise
@@ -301,63 +204,6 @@ def _run(
                         done(window.pair)
         # Only here the results leave the device: a copy after each batch would make the GPU wait for Python.
         return zip(inputs, torch.cat(logits).tolist(), strict=True)
-
-
-def _forward_packed(
-    batch: list[Window],
-    model: Callable[..., Any],
-    tokenizer: PreTrainedTokenizerBase,
-    device: torch.device,
-) -> torch.Tensor:
-    """Run one batch without padding, and return its logits in float32, shape (windows,)."""
-    takes_types = "token_type_ids" in tokenizer.model_input_names
-    types = [window.type_ids if takes_types else [0] * len(window.token_ids) for window in batch]
-    return _one_logit_each(pack_and_run(model, [window.token_ids for window in batch], types), len(batch))
-
-
-def _forward_padded(
-    batch: list[Window],
-    model: Callable[..., Any],
-    tokenizer: PreTrainedTokenizerBase,
-    device: torch.device,
-) -> torch.Tensor:
-    """Pad one batch, run the model as Transformers does, and return its logits in float32, shape (windows,)."""
-    lengths = [len(window.token_ids) for window in batch]
-    longest = max(lengths)
-
-    def padded(rows: Iterable[list[int]], filler: int) -> torch.Tensor:
-        left = tokenizer.padding_side == "left"
-        padding = ((row, [filler] * (longest - len(row))) for row in rows)
-        tensor = torch.tensor([fill + row if left else row + fill for row, fill in padding])
-        # From pinned memory a copy to a GPU runs by itself: Python goes on at once.
-        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-    inputs = {
-        "input_ids": padded((window.token_ids for window in batch), tokenizer.pad_token_id),
-        "attention_mask": padded(([1] * length for length in lengths), 0),
-    }
-    if "token_type_ids" in tokenizer.model_input_names:
-        inputs["token_type_ids"] = padded((window.type_ids for window in batch), tokenizer.pad_token_type_id)
-    if device.type == "cuda" and _takes_ready_masks(model):
-        inputs["attention_mask"] = _ready_mask(inputs["attention_mask"], lengths)
-    return _one_logit_each(model(**inputs).logits, len(batch))
-
-
-def _takes_ready_masks(model: Callable[..., Any]) -> bool:
-    """Whether this is an XLM-RoBERTa of Transformers 5, which returns a mask with four dimensions as it is."""
-    return (
-        int(transformers.__version__.split(".")[0]) >= 5
-        and type(model) is transformers.XLMRobertaForSequenceClassification
-        and model.config._attn_implementation == "sdpa"
-    )
-
-
-def _ready_mask(mask: torch.Tensor, lengths: list[int]) -> torch.Tensor | None:
-    """Make the mask that Transformers would make. To decide if there is padding it looks at the values of the mask, and
-    so waits, once a batch, until the GPU has caught up; here the lengths tell."""
-    if min(lengths) == max(lengths):
-        return None
-    return mask[:, None, None, :].bool().expand(-1, 1, max(lengths), -1)
 
 
 def _one_logit_each(logits: torch.Tensor, count: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ import transformers
 from test_scoring import QUERY, WORDS, random_documents
 from tiny import plain_score
 
-from reranker_helpers import packed, score, scoring, tokenising
+from reranker_helpers import packed, padded, score, scoring, tokenising
 
 CPU = torch.device("cpu")
 ROUTES = {"torch": F.linear, "onednn": packed._onednn_linear}
@@ -24,11 +24,11 @@ def packs(monkeypatch):
     """How many texts each batch had that took the fast path."""
     sizes = []
 
-    def counted(model, token_ids, type_ids):
-        sizes.append(len(token_ids))
-        return packed.pack_and_run(model, token_ids, type_ids)
+    def counted(windows, *reranker):
+        sizes.append(len(windows))
+        return packed.run_packed(windows, *reranker)
 
-    monkeypatch.setattr(scoring, "pack_and_run", counted)
+    monkeypatch.setattr(scoring, "run_packed", counted)
     return sizes
 
 
@@ -59,7 +59,8 @@ def test_a_pad_token_inside_a_text_gets_the_position_that_the_model_gives_it(tin
     ids[-3] = tiny.tokenizer.pad_token_id
     with torch.inference_mode():
         expected = tiny.model(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids))).logits
-        assert packed.pack_and_run(tiny.model, [ids], [[0] * len(ids)]) == pytest.approx(expected, abs=1e-5)
+        window = tokenising.Window((QUERY, ""), 0, 0, False, ids, [0] * len(ids))
+        assert packed.run_packed([window], *tiny) == pytest.approx(expected, abs=1e-5)
 
 
 def test_token_types_reach_the_model(tiny, packs):
@@ -272,14 +273,14 @@ def test_other_architectures_run_their_own_way(tiny, packs):
 @pytest.mark.skipif(int(transformers.__version__.split(".")[0]) < 5, reason="older versions make their own masks")
 def test_ready_masks_give_the_same_logits(tiny):
     """On a GPU the mask is given as Transformers would make it, so that it need not look at its values."""
-    assert scoring._takes_ready_masks(tiny.model)
+    assert padded._takes_ready_masks(tiny.model)
     batch = tiny.tokenizer([QUERY] * 3, ["panda", "the panda bear", ""], padding=True, return_tensors="pt")
     lengths = batch["attention_mask"].sum(1).tolist()
-    mask = scoring._ready_mask(batch["attention_mask"], lengths)
+    mask = padded._ready_mask(batch["attention_mask"], lengths)
     with torch.inference_mode():
         ours = tiny.model(batch["input_ids"], attention_mask=mask).logits
         assert ours == pytest.approx(tiny.model(**batch).logits, abs=1e-6)
-    assert scoring._ready_mask(batch["attention_mask"], [7, 7, 7]) is None
+    assert padded._ready_mask(batch["attention_mask"], [7, 7, 7]) is None
 
 
 def test_tokenising_ahead_in_chunks_changes_nothing(tiny, monkeypatch, capsys):
