@@ -1,4 +1,4 @@
-"""Load a reranker: choose device and dtype, and refuse a model that cannot rerank."""
+"""Load a reranker: choose device and dtype, and refuse a model that cannot rerank or is not complete."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import transformers
+
+from .completeness import cached_folder, check_complete, unreadable_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,15 +41,19 @@ def load_reranker(
             is a download of 2.3 GB, once.
         device: "cpu", "cuda", "cuda:1", "mps" or a `torch.device`. Default: CUDA if there is any, else the CPU.
             MPS is used only when asked for: hangs and leaks are reported for this model on it.
-        dtype: a `torch.dtype` or its name, such as "bfloat16". Default: float16 on CUDA, float32 elsewhere.
+        dtype: "float32", "float16", "bfloat16", "float64" or the `torch.dtype`. Default: float16 on CUDA, float32
+            elsewhere.
         revision: branch, tag or commit on the hub. Default: the newest.
 
     Returns:
         A named tuple `(model, tokenizer, device)`, the model in evaluation mode and on the device.
 
     Raises:
-        OSError: config, tokenizer or weights can be had neither from a folder, nor the cache, nor the hub.
-        ValueError: the model has not exactly one label, or `dtype` names no dtype.
+        OSError: config, tokenizer or weights can be had neither from a folder, nor the cache, nor the hub; a file can't
+            be read; the weights lack something that the model needs, or hold layers that it does not have; or the
+            tokenizer is not the model's. The message names it.
+        TypeError: the tokenizer is no fast one.
+        ValueError: the model has not exactly one label, or `dtype` is none that a model computes in.
         RuntimeError: the device asked for is not there.
     """
     model_name = os.fspath(model_name)
@@ -58,15 +64,24 @@ def load_reranker(
         config = transformers.AutoConfig.from_pretrained(model_name, revision=revision)
         if config.num_labels == 1:
             tokenizer = transformers.AutoTokenizer.from_pretrained(model_name, revision=revision)
-            auto = transformers.AutoModelForSequenceClassification
-            model = auto.from_pretrained(model_name, revision=revision, dtype=dtype)
-    except (OSError, ValueError, ImportError) as error:  # ImportError: Transformers 4 for a tokenizer that is missing
-        raise OSError(_how_to_get(model_name, error)) from error
+            model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
+                model_name,
+                revision=revision,
+                dtype=dtype,
+                return_dict=True,  # whatever the config says: some models of Transformers fail without it
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+            )
+    except MemoryError:
+        raise
+    except Exception as error:  # each format has its own: SafetensorError, UnpicklingError, KeyError, EOFError ...
+        raise OSError(_how_to_get(model_name, revision, error)) from error
     if config.num_labels != 1:
         raise ValueError(
             f"{model_name} has {config.num_labels} labels, expected 1: it is no reranker with one logit a pair, as "
             f"{MODEL_NAME} is"
         )
+    check_complete(model_name, model, tokenizer, report)
     logger.info("%s on %s (%s) in %s (%s)", model_name, device, device_reason, dtype, dtype_reason)
     return Reranker(model.eval().to(device), tokenizer, device)
 
@@ -93,17 +108,26 @@ def _choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> tupl
             return torch.float16, "the default on CUDA: half the memory, and faster"
         return torch.float32, f"the default on {device.type}: exact"
     chosen = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
-        raise ValueError(f"dtype is {dtype!r}, expected 'float32', 'float16', 'bfloat16' or a floating torch.dtype")
+    if chosen not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        raise ValueError(f"dtype is {dtype!r}, expected 'float32', 'float16', 'bfloat16' or 'float64'")
     return chosen, "asked for"
 
 
-def _how_to_get(model_name: str, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if os.path.isdir(model_name):
+def _how_to_get(model_name: str, revision: str | None, error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    reason = (
+        lines[0] if isinstance(error, OSError | ValueError) and lines else ": ".join([type(error).__name__, *lines[:1]])
+    )
+    folder = model_name if os.path.isdir(model_name) else cached_folder(model_name, revision)
+    faults = unreadable_files(folder) if folder else []
+    if faults and folder != model_name:
+        return (
+            f"the copy of {model_name} in the cache is damaged: {'; '.join(faults)}. Delete {folder} to fetch it again"
+        )
+    if folder == model_name:
         return (
             f"the folder {model_name} holds no complete model: it needs config.json, model.safetensors and the "
-            f"tokenizer's files ({reason})"
+            f"tokenizer's files ({'; '.join(faults) or reason})"
         )
     return (
         f"{model_name} is no folder here, not complete in the local cache, and could not be downloaded ({reason}). "
