@@ -7,11 +7,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 
 from .tokenising import Pair, count_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+COUNT_FROM_PAD = {
+    *("camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke", "markuplm", "mpnet"),
+    *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+}
+"""Model types that count positions from `pad_token_id + 1`, so that the first ones of the table are never used."""
 
 
 def check_text(name: str, text: object) -> str:
@@ -38,11 +45,22 @@ def check_whole_number(name: str, value: object, *, at_least: int) -> int:
     return number
 
 
+def check_list(name: str, values: object, expected: str) -> list:
+    """Return a list, a column, a generator or the like as a list, else say what `name` is instead."""
+    if hasattr(values, "columns"):  # iterating over a DataFrame gives the names of its columns
+        raise TypeError(
+            f"{name} is {type(values).__name__}, a table, expected {expected}: pass one column, such as table['text'], "
+            "or its rows"
+        )
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} is {type(values).__name__}, expected {expected}: put it into brackets?")
+    return values.to_pylist() if hasattr(values, "to_pylist") else list(values)  # Arrow's own strings are no str
+
+
 def check_pairs(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    if isinstance(pairs, str | bytes) or not isinstance(pairs, Iterable):
-        raise TypeError(f"pairs is {type(pairs).__name__}, expected a list of (query, document) tuples")
+    """Return (query, document) pairs as tuples of strings, else say which one is something else."""
     checked = []
-    for place, pair in enumerate(pairs):
+    for place, pair in enumerate(check_list("pairs", pairs, "a list of (query, document) tuples")):
         if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
             raise TypeError(f"pairs[{place}] is {type(pair).__name__}, expected a (query, document) tuple")
         query, document = pair
@@ -76,14 +94,17 @@ def check_limits(
     config = getattr(model, "config", None)
     positions = getattr(config, "max_position_embeddings", None)
     if positions:
-        # The RoBERTa family counts positions from pad_token_id + 1: bge-reranker-v2-m3 has 8194, of which 8192 serve.
-        offset = config.pad_token_id + 1 if "roberta" in config.model_type else 0
+        # bge-reranker-v2-m3 has 8194 positions, of which 8192 serve.
+        offset = config.pad_token_id + 1 if config.model_type in COUNT_FROM_PAD else 0
         limit = min(limit, positions - offset)
     if max_length > limit:
         raise ValueError(f"max_length is {max_length}, but the model reads at most {limit} tokens")
     if not queries:
         return max_length, stride
     lengths = count_tokens(list(queries), tokenizer)
+    if 0 in lengths:
+        name = list(queries.values())[lengths.index(0)]
+        raise ValueError(f"{name} is empty, or has only characters that the tokenizer drops: ask something")
     special = tokenizer.num_special_tokens_to_add(pair=True)
     longest = max(lengths)
     room = max_length - special - longest
@@ -101,7 +122,24 @@ def check_limits(
     return max_length, stride
 
 
-def check_model(model: Callable[..., Any], device: torch.device) -> None:
+def check_model(model: Callable[..., Any], tokenizer: PreTrainedTokenizerBase, device: torch.device) -> None:
+    """Refuse what would fail later or score wrongly. Raises TypeError or ValueError."""
+    if isinstance(model, transformers.PreTrainedTokenizerBase) or isinstance(tokenizer, torch.nn.Module):
+        raise TypeError(
+            f"model is {type(model).__name__} and tokenizer is {type(tokenizer).__name__}: they are swapped, the model "
+            "comes first"
+        )
+    if not callable(model):
+        raise TypeError(f"model is {type(model).__name__}, expected one from load_reranker, or one like it")
+    if not getattr(tokenizer, "is_fast", False):
+        raise TypeError(f"tokenizer is {type(tokenizer).__name__}, expected a fast one: it knows each token's place")
+    pad = getattr(getattr(model, "config", None), "pad_token_id", None)
+    if tokenizer.pad_token_id is not None and pad is not None and pad != tokenizer.pad_token_id:
+        # A decoder finds the end of a text by it, and the RoBERTa family the positions.
+        raise ValueError(
+            f"tokenizer.pad_token_id is {tokenizer.pad_token_id}, but model.config.pad_token_id is {pad}, so scores "
+            "would depend on the batch: set one to the other, to what the model was trained with"
+        )
     if not isinstance(model, torch.nn.Module):
         return
     if model.training:

@@ -120,8 +120,8 @@ def score_pairs(
     "pairs", or "documents" where there is one query.
     """
     device = torch.device(device)
+    check_model(model, tokenizer, device)
     max_length, stride = check_limits(query_names(pairs, name), model, tokenizer, max_length, stride)
-    check_model(model, device)
     packed = can_pack(model, device)
     if batch_tokens is None:
         batch_tokens = BATCH_TOKENS["packed"] if packed else BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"])
