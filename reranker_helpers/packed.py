@@ -14,6 +14,7 @@ computed. The model itself is not touched: this file reads its weights and calls
 from __future__ import annotations
 
 import math
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -37,6 +38,15 @@ _PLAIN_MODULES = ("torch.nn.modules.", "transformers.models.xlm_roberta.", "tran
 # What was measured, by what can change the answer. Under the lock, so that threads don't disturb each other's clocks.
 _measured: dict[tuple, object] = {}
 _measuring = threading.Lock()
+
+
+def _renew_lock() -> None:
+    global _measuring
+    _measuring = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)  # as in tokenising.py
 
 
 def can_pack(model: object, device: torch.device) -> bool:

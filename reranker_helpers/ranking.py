@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
-from .checks import check_text, check_whole_number
+from .checks import check_list, check_text, check_whole_number
 from .scoring import MAX_LENGTH, score_pairs
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ def rerank(
 
     Args:
         query: the question or search text.
-        documents: strings, or any objects together with `key`. Equal texts are scored once.
+        documents: strings, or any objects together with `key`, as a list, a column of a table, a generator. Equal
+            texts are scored once.
         model: a sequence classifier with one label: from `load_reranker`, or anything that is called like one of
             Transformers' and returns `.logits` of shape (pairs, 1), such as an ONNX Runtime export.
         tokenizer: the model's own, a fast one.
@@ -85,9 +86,7 @@ def rerank(
         ArithmeticError: the model returned NaN or an infinity; the message names the document.
     """
     check_text("query", query)
-    if isinstance(documents, str | bytes | Mapping) or not isinstance(documents, Iterable):
-        raise TypeError(f"documents is {type(documents).__name__}, expected a list of documents: put it into brackets?")
-    documents = list(documents)
+    documents = check_list("documents", documents, "a list of documents")
     if top_n is not None:
         top_n = check_whole_number("top_n", top_n, at_least=1)
     pairs = [(query, _text(document, key, index)) for index, document in enumerate(documents)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,10 +15,23 @@ if TYPE_CHECKING:
 CHUNK = 256
 """Pairs that are tokenised at a time, while the model is busy with the ones before."""
 
+CHUNK_CHARACTERS = 400_000
+"""Where a chunk ends early: long texts fill the memory (about 100 bytes a character), and Ctrl-C waits for a chunk."""
+
 Pair = tuple[str, str]
 
 # A fast tokenizer keeps its truncation settings inside: two threads with different ones break each other's call.
 _lock = threading.Lock()
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    # A process that is forked while another thread tokenises would inherit the lock closed, and wait for ever.
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 class Window(NamedTuple):
@@ -32,25 +46,45 @@ class Window(NamedTuple):
 
 
 def count_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the number of tokens of each text, special tokens left out. Raises TypeError for a slow tokenizer."""
-    if not tokenizer.is_fast:
-        raise TypeError(f"tokenizer is {type(tokenizer).__name__}, expected a fast one: it knows each token's place")
-    with _lock:
-        # verbose=False: the tokenizer's own warning of a long text comes without a remedy.
-        return [len(text) for text in tokenizer(texts, add_special_tokens=False, verbose=False).encodings]
+    """Return the number of tokens of each text, special tokens left out."""
+    counts = []
+    for chunk in _chunks(texts):
+        with _lock:
+            # verbose=False: the tokenizer's own warning of a long text comes without a remedy.
+            encodings = tokenizer(chunk, add_special_tokens=False, verbose=False).encodings
+        counts += map(len, encodings)
+    return counts
 
 
 def tokenise_ahead(
     pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, max_length: int, stride: int | None
 ) -> Iterator[list[Window]]:
-    """Yield the windows of `CHUNK` pairs, while a thread tokenises the next ones: a GPU must not wait for that."""
-    with ThreadPoolExecutor(1) as thread:
-        ahead = thread.submit(tokenise, pairs[:CHUNK], tokenizer, max_length, stride)
-        for begin in range(CHUNK, len(pairs), CHUNK):
-            windows = ahead.result()
-            ahead = thread.submit(tokenise, pairs[begin : begin + CHUNK], tokenizer, max_length, stride)
-            yield windows
-        yield ahead.result()
+    """Yield the windows of the pairs, chunk by chunk. A thread tokenises the next one: a GPU must not wait for that."""
+    thread = ThreadPoolExecutor(1)
+    try:
+        ahead = None
+        for chunk in _chunks(pairs):
+            behind, ahead = ahead, thread.submit(tokenise, chunk, tokenizer, max_length, stride)
+            if behind is not None:
+                yield behind.result()
+        if ahead is not None:
+            yield ahead.result()
+    finally:
+        thread.shutdown(cancel_futures=True)  # after an error or Ctrl-C, nothing more is begun
+
+
+def _chunks(texts: list) -> Iterator[list]:
+    """Cut a list of strings, or of pairs of them, into chunks that tokenise in well under a second."""
+    chunk, characters = [], 0
+    for text in texts:
+        size = len(text) if isinstance(text, str) else sum(map(len, text))
+        if chunk and (len(chunk) == CHUNK or characters + size > CHUNK_CHARACTERS):
+            yield chunk
+            chunk, characters = [], 0
+        chunk.append(text)
+        characters += size
+    if chunk:
+        yield chunk
 
 
 def tokenise(
@@ -60,34 +94,47 @@ def tokenise(
 
     There must be room for the document: `max_length` above the query's tokens, the special ones and `stride`.
     """
-    # Without `stride` the text is cut here: the tokenizer would first make all the windows that nobody wants, each with
-    # the query again, and take gigabytes for a long document.
-    limits = {} if stride is None else {"truncation": "only_second", "max_length": max_length, "stride": stride}
+    # Windows are cut here, from whole texts. The tokenizer's own truncation makes all windows whether wanted or not,
+    # each with the query again, and takes gigabytes for a long document; in tokenizers 0.23.1 and 0.23.2 it also loses
+    # most of them (huggingface/tokenizers#2091).
     with _lock:
         queries, documents = map(list, zip(*pairs, strict=True))
-        encodings = tokenizer(queries, documents, verbose=False, **limits).encodings
+        encodings = tokenizer(queries, documents, verbose=False).encodings
     controls = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     windows = []
     for pair, encoding in zip(pairs, encodings, strict=True):
-        if stride is None:
-            windows.append(_window(pair, encoding, max(0, len(encoding) - max_length), controls, tokenizer))
-        else:
-            windows += [_window(pair, part, 0, controls, tokenizer) for part in [encoding, *encoding.overflowing]]
+        windows += _windows(pair, encoding, max_length, stride, controls, tokenizer)
     return windows
 
 
-def _window(
-    pair: Pair, encoding: Encoding, excess: int, controls: set[int], tokenizer: PreTrainedTokenizerBase
-) -> Window:
-    """Leave out the last `excess` tokens of the document."""
+def _windows(
+    pair: Pair,
+    encoding: Encoding,
+    max_length: int,
+    stride: int | None,
+    controls: set[int],
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[Window]:
     token_ids, type_ids, sequences = encoding.ids, encoding.type_ids, encoding.sequence_ids
     if any(token in controls for token, sequence in zip(token_ids, sequences, strict=True) if sequence is not None):
         token_ids = _without_controls(token_ids, sequences, controls, tokenizer)
     begin = sequences.index(1) if 1 in sequences else len(sequences)
-    end = begin + sequences.count(1) - excess
-    del token_ids[end : end + excess], type_ids[end : end + excess]
-    span = (encoding.token_to_chars(begin)[0], encoding.token_to_chars(end - 1)[1]) if begin < end else (0, 0)
-    return Window(pair, *span, excess > 0, token_ids, type_ids)
+    end = begin + sequences.count(1)  # the document's tokens are token_ids[begin:end]
+    room = max_length - len(token_ids) + end - begin
+    # Each window but the last is full, and shares `stride` tokens with the one before.
+    starts = [begin] if stride is None else range(begin, max(begin + 1, end - stride), room - stride)
+    windows, covered = [], begin
+    for start in starts:
+        stop = min(start + room, end)
+        if start <= covered:
+            covered = stop
+        span = (encoding.token_to_chars(start)[0], encoding.token_to_chars(stop - 1)[1]) if start < stop else (0, 0)
+        kept = [row[:begin] + row[start:stop] + row[end:] for row in (token_ids, type_ids)]
+        windows.append(Window(pair, *span, stop < end and stride is None, *kept))
+    # Not assumed: a tokenizer that cuts unasked, or a window that is missing, would cost a wrong ranking.
+    if encoding.overflowing or 1 in sequences[end:] or (stride is not None and covered != end):
+        raise RuntimeError("the tokenizer lost a part of a document: try another version of the package tokenizers")
+    return windows
 
 
 def _without_controls(

@@ -295,7 +295,7 @@ def test_tokenising_ahead_in_chunks_changes_nothing(tiny, monkeypatch, capsys):
 
 def test_an_error_in_the_thread_that_tokenises_is_raised(tiny, monkeypatch):
     monkeypatch.setattr(tokenising, "CHUNK", 7)
-    monkeypatch.setattr(tokenising, "_window", lambda *_: 1 / 0)
+    monkeypatch.setattr(tokenising, "_windows", lambda *_: 1 / 0)
     threads = threading.active_count()
     with pytest.raises(ZeroDivisionError):
         score([(QUERY, text) for text in random_documents(10)], *tiny)

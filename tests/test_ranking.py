@@ -3,6 +3,7 @@
 import copy
 from dataclasses import FrozenInstanceError, dataclass
 
+import numpy
 import pytest
 import torch
 from tiny import TEXT, KeywordModel, plain_score
@@ -148,7 +149,7 @@ def test_windows_cover_every_token_and_spans_are_exact(tiny, filler, stride):
     """Spans count characters of the text as it was passed in, also where the tokenizer normalises it."""
     before, after = filler * 30, filler * 30
     text = before + "panda guitar" + after
-    model = counting(tiny, "guitar")
+    model = counting(tiny, "guitar").tried(tiny.tokenizer)
     (result,) = rerank("law", [text], model, tiny.tokenizer, "cpu", max_length=40, stride=stride)
     passage = text[slice(*result.passage)]
     assert "guitar" in passage
@@ -163,6 +164,29 @@ def test_windows_cover_every_token_and_spans_are_exact(tiny, filler, stride):
     starts = range(0, max(1, len(tokens) - stride), step)
     assert sorted(windows) == sorted(tokens[start : start + room] for start in starts)
     assert starts[-1] + room >= len(tokens)
+
+
+def test_the_end_of_a_long_document_is_read(tiny):
+    """tokenizers 0.23.1 and 0.23.2 lose most of the windows that they cut themselves (huggingface/tokenizers#2091)."""
+    text = "bread oven river moon " * 60 + "panda"
+    (result,) = rerank("law", [text], counting(tiny, "panda"), tiny.tokenizer, "cpu", max_length=30, stride=8)
+    assert (result.score, result.passage[1]) == (1, len(text))
+
+
+def test_a_tokenizer_that_cuts_unasked_is_noticed(tiny):
+    """Whatever the next fault of a tokenizer is, it must not become a wrong ranking."""
+
+    class Cutting(type(tiny.tokenizer)):
+        def __call__(self, *texts, **options):
+            encoded = super().__call__(*texts, **options)
+            for encoding in encoded.encodings:
+                encoding.truncate(8)
+            return encoded
+
+    tiny.tokenizer.__class__ = Cutting
+    for stride in (None, 2):
+        with pytest.raises(RuntimeError, match="the tokenizer lost a part of a document"):
+            rerank("law", ["bread oven river moon " * 10], *tiny, max_length=20, stride=stride)
 
 
 def test_stride_does_not_change_documents_that_fit(tiny):
@@ -228,3 +252,41 @@ def test_errors_speak_of_documents(tiny):
 def test_repr_is_readable():
     result = RankedDocument("panda", 1.5, 3, False, (0, 5), 9)
     assert repr(result).endswith("(document='panda', score=1.5, index=3, truncated=False, passage=(0, 5), tokens=9)")
+
+
+def test_a_table_is_refused(tiny):
+    """Iterating over a DataFrame gives the names of its columns: they were ranked, and the rows never read."""
+    pandas = pytest.importorskip("pandas")
+    table = pandas.DataFrame({"title": ["panda", "bread"], "text": ["the bear", "the oven"]})
+    with pytest.raises(TypeError, match=r"documents is DataFrame, a table, .*pass one column, such as table\['text'\]"):
+        rerank(QUERY, table, *tiny)
+    ranking = rerank(QUERY, table["text"], *tiny)
+    assert sorted(result.document for result in ranking) == ["the bear", "the oven"]
+    rows = rerank(QUERY, table.to_dict("records"), *tiny, key=lambda row: row["text"])
+    assert [row["title"] for row, _ in rows] == [table["title"][result.index] for result in ranking]
+
+
+class Column:
+    """Like pyarrow's arrays and columns: iterating gives scalars that are no strings."""
+
+    def __init__(self, texts):
+        self.texts = texts
+
+    def __iter__(self):
+        return iter([object()] * len(self.texts))
+
+    def to_pylist(self):
+        return self.texts
+
+
+@pytest.mark.parametrize("wrap", [tuple, iter, Column, lambda texts: (text for text in texts), numpy.array])
+def test_columns_arrays_and_generators(tiny, wrap):
+    assert [(r.document, r.score) for r in rerank(QUERY, wrap(DOCUMENTS), *tiny)] == [
+        (r.document, r.score) for r in rerank(QUERY, DOCUMENTS, *tiny)
+    ]
+
+
+@pytest.mark.parametrize("query", ["", "  ", "\u200b"])
+def test_a_query_without_a_single_token(tiny, query):
+    with pytest.raises(ValueError, match="query is empty, or has only characters that the tokenizer drops"):
+        rerank(query, DOCUMENTS, *tiny)

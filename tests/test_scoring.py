@@ -1,13 +1,18 @@
 """`score`: the right logit for each pair, whatever the batches, and clear errors before anything runs."""
 
+import os
 import random
+import signal
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from tiny import TEXT, KeywordModel, make_model, plain_score
 
-from reranker_helpers import score
+from reranker_helpers import score, tokenising
 
 WORDS = TEXT.split()
 QUERY = "what is a panda"
@@ -37,7 +42,7 @@ def test_the_order_of_the_input_does_not_change_a_single_bit(tiny):
 
 
 def test_batches_stay_within_the_budget_and_longest_come_first(tiny):
-    model = KeywordModel(wanted=5)
+    model = KeywordModel(wanted=5).tried(tiny.tokenizer)
     score([(QUERY, document) for document in random_documents(7)], model, tiny.tokenizer, "cpu", batch_tokens=200)
     sizes = [batch.numel() for batch in model.batches]
     widths = [batch.shape[1] for batch in model.batches]
@@ -47,7 +52,7 @@ def test_batches_stay_within_the_budget_and_longest_come_first(tiny):
 
 
 def test_equal_pairs_are_scored_once_and_tie_exactly(tiny):
-    model = KeywordModel(wanted=5)
+    model = KeywordModel(wanted=5).tried(tiny.tokenizer)
     logits = score([(QUERY, "panda"), (QUERY, "the bear"), (QUERY, "panda")], model, tiny.tokenizer, "cpu")
     assert logits[0] == logits[2]
     assert sum(len(batch) for batch in model.batches) == 2
@@ -223,6 +228,84 @@ def test_a_tokenizer_that_is_not_fast(tiny):
 
     with pytest.raises(TypeError, match="tokenizer is Slow, expected a fast one"):
         score([(QUERY, "panda")], tiny.model, Slow(), "cpu")
+
+
+def test_swapped_arguments(tiny):
+    model, tokenizer, device = tiny
+    with pytest.raises(TypeError, match=r"and tokenizer is XLMRobertaForSequenceClassification: they are swapped"):
+        score([(QUERY, "panda")], tokenizer, model, device)
+    with pytest.raises(TypeError, match="model is str, expected one from load_reranker"):
+        score([(QUERY, "panda")], "BAAI/bge-reranker-v2-m3", tokenizer, device)
+    with pytest.raises(TypeError, match="tokenizer is str, expected a fast one"):
+        score([(QUERY, "panda")], model, "BAAI/bge-reranker-v2-m3", device)
+
+
+def test_a_table_of_pairs(tiny):
+    pandas = pytest.importorskip("pandas")
+    with pytest.raises(TypeError, match="pairs is DataFrame, a table"):
+        score(pandas.DataFrame({"query": [QUERY], "document": ["panda"]}), *tiny)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_process_that_is_forked_while_a_thread_tokenises(tiny):
+    """Servers fork their workers. The child inherited the lock closed, and waited for ever."""
+    with tokenising._lock:
+        child = os.fork()
+        if not child:
+            os._exit(tokenising.count_tokens([QUERY], tiny.tokenizer) != [4])
+        deadline = time.monotonic() + 20
+        while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+            time.sleep(0.01)
+    if ended == (0, 0):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert ended == (child, 0)
+
+
+LONG_TEXTS = """
+import sys
+sys.path[:0] = sys.argv[1:3]
+from tiny import KeywordModel, make_tokenizer
+from reranker_helpers import score, tokenising
+
+def megabytes(field):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) / 1000
+
+tokenizer, model = make_tokenizer(), KeywordModel(5)
+texts = [("word %d " % i * 40_000)[:200_000] for i in range(int(sys.argv[3]))]
+before = megabytes("VmRSS")
+print("scoring", flush=True)
+score([("panda", text) for text in texts], model, tokenizer, "cpu", max_length=64)
+print(megabytes("VmHWM") - before)
+"""
+
+
+def long_texts(request, count):
+    here = request.path.parent
+    command = [sys.executable, "-c", LONG_TEXTS, str(here), str(here.parent), str(count)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "scoring\n"
+    return process
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak memory from /proc")
+def test_memory_does_not_grow_with_the_length_of_256_documents(request):
+    """Texts were tokenised 256 at a time, however long: 256 of 200 kB took 2.6 GB."""
+    out, _ = long_texts(request, 16).communicate()
+    assert float(out) < 300
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for other processes")
+def test_ctrl_c_is_answered_soon(request):
+    """It waited until 512 documents were tokenised: half a minute for long ones."""
+    process = long_texts(request, 200)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    begin = time.monotonic()
+    _, errors = process.communicate()
+    assert "KeyboardInterrupt" in errors
+    assert time.monotonic() - begin < 4  # well under a second on a quiet machine
 
 
 def test_nothing_global_is_left_changed(tiny):

@@ -10,6 +10,8 @@ from transformers import (
     XLMRobertaForSequenceClassification,
 )
 
+from reranker_helpers import score
+
 TEXT = (
     "the of and a panda bear is an animal that lives in forests of china it eats bamboo what who how does "
     "python language machine learning exercise health heart mood weight library model query document "
@@ -25,7 +27,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     pieces = [*special, *("▁" + word for word in words), "▁", *"abcdefghijklmnopqrstuvwxyz", "<mask>"]
     vocabulary = [(piece, -0.01 * i if len(piece) > 1 else -10.0) for i, piece in enumerate(pieces)]
     backend = Tokenizer(models.Unigram(vocabulary, unk_id=3))
-    backend.normalizer = normalizers.NFKC()
+    backend.normalizer = normalizers.Sequence([normalizers.Replace("\u200b", " "), normalizers.NFKC()])
     backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
     backend.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
@@ -78,6 +80,12 @@ class KeywordModel:
     def __init__(self, wanted: int):
         self.wanted = wanted
         self.batches = []
+
+    def tried(self, tokenizer):
+        """Return the model after the padded way has tried once whether it bears padding."""
+        score([("bear", "panda"), ("bear", "panda bear")], self, tokenizer, "cpu")
+        self.batches.clear()
+        return self
 
     def __call__(self, input_ids, attention_mask):
         self.batches.append(input_ids)
