@@ -159,6 +159,10 @@ def test_files_that_cannot_be_read(folder, damage, message):
     refused(folder, message)
 
 
+@pytest.mark.skipif(
+    int(torch.__version__.split(".")[1]) < 6 and torch.__version__.startswith("2."),
+    reason="Transformers reads no pickled weights with torch before 2.6",
+)
 def test_a_whole_pytorch_model_loads(folder):
     as_bin(folder, lambda file: None)
     assert load_reranker(folder)

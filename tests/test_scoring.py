@@ -264,7 +264,8 @@ def test_a_process_that_is_forked_while_a_thread_tokenises(tiny):
 
 
 LONG_TEXTS = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell switches it off for what runs in the background
 sys.path[:0] = sys.argv[1:3]
 from tiny import KeywordModel, make_tokenizer
 from reranker_helpers import score, tokenising
