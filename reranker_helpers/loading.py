@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from .completeness import cached_folder, check_complete, unreadable_files
+from .hub import hub_status
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -59,14 +60,16 @@ def load_reranker(
     model_name = os.fspath(model_name)
     device, device_reason = _choose_device(device)
     dtype, dtype_reason = _choose_dtype(dtype, device)
+    # Without a way to the hub, the libraries below would retry for half a minute.
+    local = os.path.isdir(model_name) or hub_status(model_name, revision) is None
+    source = {"pretrained_model_name_or_path": model_name, "revision": revision, "local_files_only": local}
     try:
         # The config first: a model that cannot rerank is refused before its weights are downloaded.
-        config = transformers.AutoConfig.from_pretrained(model_name, revision=revision)
+        config = transformers.AutoConfig.from_pretrained(**source)
         if config.num_labels == 1:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(model_name, revision=revision)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
             model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
-                model_name,
-                revision=revision,
+                **source,
                 dtype=dtype,
                 return_dict=True,  # whatever the config says: some models of Transformers fail without it
                 output_loading_info=True,

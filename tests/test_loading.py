@@ -1,7 +1,6 @@
 """`load_reranker`: the defaults, what it refuses, and what it says when weights can't be had."""
 
 import logging
-import os
 import subprocess
 import sys
 
@@ -72,17 +71,6 @@ def test_an_incomplete_folder(tiny_folder, tmp_path):
     (tmp_path / "config.json").write_bytes((tiny_folder / "config.json").read_bytes())
     with pytest.raises(OSError, match="holds no complete model"):
         load_reranker(tmp_path)
-
-
-def test_offline_without_cache_says_what_to_do(tmp_path):
-    """In a process of its own, because the hub's client reads its settings on import."""
-    code = "from reranker_helpers import load_reranker; load_reranker()"
-    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    last = run.stderr.strip().splitlines()[-1]
-    assert last.startswith("OSError: BAAI/bge-reranker-v2-m3 is no folder here, not complete in the local cache")
-    for remedy in ("Check the name", "HTTPS_PROXY", "HF_HUB_OFFLINE", "tests/stand_in_model"):
-        assert remedy in last
 
 
 def test_nothing_but_torch_and_transformers_is_imported():

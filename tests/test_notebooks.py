@@ -1,11 +1,6 @@
 """What a reader of the stored notebooks must be able to rely on. That the outputs are true, nbval checks."""
 
 import re
-import socket
-import subprocess
-import sys
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import nbformat
@@ -92,69 +87,3 @@ def test_nothing_is_wider_than_github_shows(notebook):
         assert max(map(len, cell.source.splitlines())) <= 100, cell.id
         for output in cell.outputs:
             assert max(map(len, output.get("text", "").split("\n"))) <= 112, cell.id
-
-
-# How the Local notebook chooses its model
-
-
-def choose_model(tmp_path: Path, **environment: str) -> tuple[str, float]:
-    """Return what the cell prints, and the seconds that it took."""
-    cells = {cell.id: cell.source for cell in nbformat.read(ROOT / "BGE_Reranker_Local.ipynb", as_version=4).cells}
-    code = [cells["setup"], "import time; start = time.monotonic()", cells["hub-answers"], cells["choose-model"]]
-    run = subprocess.run(
-        [sys.executable, "-c", "\n".join([*code, "print(time.monotonic() - start)"])],
-        cwd=ROOT,
-        env={"HF_HOME": str(tmp_path), "MPLCONFIGDIR": str(tmp_path), "MPLBACKEND": "agg"} | environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    *said, seconds = run.stdout.strip().splitlines()
-    return "\n".join(said), float(seconds)
-
-
-def test_a_hub_that_hangs_costs_less_than_ten_seconds(tmp_path):
-    """Firewalls swallow packets: the connection is neither accepted nor refused, and libraries retry for minutes."""
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        said, seconds = choose_model(tmp_path, HF_ENDPOINT=f"http://127.0.0.1:{silent.getsockname()[1]}")
-    assert said.startswith("*** STAND-IN MODEL ***")
-    assert seconds < 10
-
-
-def test_a_hub_that_refuses_costs_nothing(tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    said, seconds = choose_model(tmp_path, HF_ENDPOINT=f"http://127.0.0.1:{port}")
-    assert said.startswith("*** STAND-IN MODEL ***")
-    assert seconds < 5
-
-
-def test_a_hub_within_reach_means_the_real_model(tmp_path):
-    class Hub(BaseHTTPRequestHandler):
-        def do_HEAD(self):
-            self.send_response(200 if self.path == "/BAAI/bge-reranker-v2-m3/resolve/main/config.json" else 404)
-            self.end_headers()
-
-        def log_message(self, *args):
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Hub) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        said, _ = choose_model(tmp_path, HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}")
-        server.shutdown()
-    assert said == "BAAI/bge-reranker-v2-m3 - the first use downloads 2.3 GB now"
-
-
-def test_the_variable_decides(tmp_path):
-    assert choose_model(tmp_path, RERANKER_MODEL="some/model")[0].startswith("some/model")
-    assert choose_model(tmp_path, RERANKER_MODEL=str(ROOT / "tests/stand_in_model"))[0].startswith("*** STAND-IN")
-
-
-def test_offline_mode_asks_nobody(tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        said, seconds = choose_model(tmp_path, HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="1")
-    assert said.startswith("*** STAND-IN MODEL ***")
-    assert seconds < 5
