@@ -4,7 +4,7 @@ Azure's batch engine calls `init()` once per process and `run()` with the paths 
 `run()` raised, or whose process died, to a process again, and appends what `run()` returned to one file, in any order.
 
 Line:  {"id": str or int, "query": str, "documents": [str or {"text": str}], ...}, with the options of the online
-       endpoint, or {"id": str or int, "pairs": [[query, document], ...], ...} with the same options
+       endpoint, or {"id": str or int, "pairs": [[query, document], ...], ...} with the same options; null is absent
 Row:   {"id", "index", "logit", "relevance_score", "rank", "truncated", "document"?}, JSON on one line
 Error: {"id", "file", "line", "error": {"code": str, "message": str}}, in place of the line's rows
 
@@ -15,10 +15,12 @@ Ids are to be unique in the whole input. One that repeats within a file is an er
 machines may score, only the reader of the rows can see it: `id` and `index` together are then there twice.
 """
 
+import gzip
 import json
 import logging
 import sys
 import time
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,12 +49,15 @@ from wire import (
     error_json,
     known_fields,
     load_object,
+    whole,
 )
 
 from reranker_helpers import Reranker
 from reranker_helpers.scoring import ScoredPair, score_pairs
 
 logger = logging.getLogger("reranker.batch")
+
+GZIP, BYTE_ORDER_MARK = b"\x1f\x8b", b"\xef\xbb\xbf"
 
 Row = dict[str, Any]
 
@@ -131,7 +136,21 @@ def score_files(paths: list[str], reranker: Reranker, limits: Limits) -> list[Ro
 
 def read_lines(path: str, reranker: Reranker, limits: Limits) -> Iterator[Line | Row]:
     """Yield each line of a file, checked, or the row that says what is wrong with it. Raises OSError."""
-    content = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")  # Windows tools begin UTF-8 with a mark
+    content = Path(path).read_bytes()
+    if content.startswith(GZIP):
+        try:
+            content = gzip.decompress(content)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            yield _error_row(None, path, 1, "DamagedFile", f"the file begins like gzip, but can't be unpacked: {error}")
+            return
+    # As git tells text from other files. Without this, a picture would have thousands of bad lines.
+    if b"\0" in content[:8000]:
+        message = (
+            "the file is no text in UTF-8 but binary, or UTF-16: write JSON Lines in UTF-8, or pack them with gzip"
+        )
+        yield _error_row(None, path, 1, "BinaryFile", message)
+        return
+    content = content.removeprefix(BYTE_ORDER_MARK)
     first: dict[tuple[type, str | int], int] = {}
     # Only \n ends a line: a JSON string may hold what str.splitlines takes for an end.
     for number, text in enumerate(content.split(b"\n"), start=1):
@@ -140,7 +159,7 @@ def read_lines(path: str, reranker: Reranker, limits: Limits) -> Iterator[Line |
         id_ = None
         try:
             fields = load_object(text.strip(), "the line")
-            id_ = fields.pop("id", None)
+            id_ = whole(fields.pop("id", None))
             if isinstance(id_, bool) or not isinstance(id_, str | int):
                 id_ = None
                 raise Refused(400, "MissingId", "id is missing, or no string and no whole number: each line needs one")
@@ -157,12 +176,12 @@ def read_lines(path: str, reranker: Reranker, limits: Limits) -> Iterator[Line |
 
 
 def _parse(fields: Row, id_: str | int, path: str, number: int, reranker: Reranker, limits: Limits) -> Line:
-    if "pairs" in fields:
-        fields = known_fields(fields, ("pairs", *OPTIONS))
-        pairs = _pairs(fields.get("pairs"), limits)
+    if fields.get("pairs") is not None:
+        fields = known_fields(fields, ("pairs", *OPTIONS), or_null=FIELDS)
+        pairs = _pairs(fields["pairs"], limits)
         line = Line(id_, path, number, "pairs", pairs, check_options(fields, limits))
     else:
-        query, documents, *rest = check_request(known_fields(fields, FIELDS), limits)
+        query, documents, *rest = check_request(known_fields(fields, FIELDS, or_null=("pairs",)), limits)
         pairs = [(query, document) for document in documents]
         line = Line(id_, path, number, "documents", pairs, Options(*rest))
     check_tokens(pairs, line.name, line.options.max_length, line.options.stride, reranker, limits)

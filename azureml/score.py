@@ -109,6 +109,9 @@ def run(request: flask.Request) -> AMLResponse:
         pass
     if request.method != "POST":
         status, message = 405, error_json("MethodNotAllowed", f"the method is {request.method}, expected POST")
+    elif request.content_encoding not in (None, "", "identity"):
+        name = f"the header Content-Encoding is {request.content_encoding[:40]!a}"
+        status, message = 415, error_json("Compressed", f"{name}: send the JSON as it is, uncompressed")
     elif not request.is_json:
         status, message = 415, error_json("NoJson", "the header Content-Type is missing or not application/json")
     else:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections import Counter
 from typing import Any, NamedTuple
 
 from reranker_helpers import MAX_LENGTH, Reranker
@@ -94,7 +95,9 @@ def check_size(body: bytes, limits: Limits, what: str = "the body") -> None:
 def load_object(body: bytes, what: str = "the body") -> dict[str, Any]:
     """Read a JSON object. Raises `Refused`, whose message calls the bytes `what`."""
     try:
-        fields = json.loads(body.decode(), parse_constant=_no_constant)
+        # utf-8-sig: Windows tools begin UTF-8 with a mark
+        text = body.decode("utf-8-sig")
+        fields = json.loads(text, parse_constant=_no_constant, object_pairs_hook=lambda pairs: _once(pairs, what))
     except UnicodeDecodeError as error:
         raise Refused(400, "InvalidJson", f"{what} is no UTF-8: see byte {error.start}") from None
     except json.JSONDecodeError as error:
@@ -108,10 +111,11 @@ def load_object(body: bytes, what: str = "the body") -> dict[str, Any]:
     return fields
 
 
-def known_fields(fields: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    """Return the fields that are not null. Raises `Refused` for one that is not in `names`."""
-    for name in fields:
-        if name not in names:
+def known_fields(fields: dict[str, Any], names: tuple[str, ...], or_null: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the fields that are not null. Raises `Refused` for one that is not in `names`; those in `or_null` may be
+    there with null."""
+    for name, value in fields.items():
+        if name not in names and (value is not None or name not in or_null):
             raise Refused(400, "UnknownField", f"unknown field {name[:40]!a}: the fields are {', '.join(names)}")
     return {name: value for name, value in fields.items() if value is not None}
 
@@ -224,6 +228,15 @@ def _no_constant(name: str) -> None:
     raise ValueError(name)
 
 
+def _once(pairs: list[tuple[str, Any]], what: str) -> dict[str, Any]:
+    """Make an object. Python's own way would let the last of two equal names win, without a word."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise Refused(400, "RepeatedField", f"{what} has an object with two fields {name[:40]!a}: send each field once")
+    return fields
+
+
 def _text(name: str, value: object) -> str:
     if not isinstance(value, str):
         raise Refused(400, "WrongType", f"{name} is {_kind(value)}, expected a string")
@@ -241,7 +254,7 @@ def _boolean(fields: dict[str, Any], name: str) -> bool:
 
 
 def _whole_number(fields: dict[str, Any], name: str, *, at_least: int, at_most: int | None = None) -> int | None:
-    value = fields.get(name)
+    value = whole(fields.get(name))
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int):
@@ -251,6 +264,11 @@ def _whole_number(fields: dict[str, Any], name: str, *, at_least: int, at_most: 
     if at_most is not None and value > at_most:
         raise Refused(422, "OutOfRange", f"{name} must be at most {at_most:,} in this deployment")
     return value
+
+
+def whole(value: object) -> object:
+    """Return an int for a float such as 3.0, which is how pandas writes a whole number of a column with gaps."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _kind(value: object) -> str:

@@ -1,8 +1,10 @@
 """azureml/batch_score.py without an engine: every line gets its rows, whatever is in it and around it."""
 
+import gzip
 import json
 import random
 
+import pandas
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -107,11 +109,18 @@ BAD = [
     (line("good"), "RepeatedId", "the id is that of line 1"),
     (line("bad", documents=None), "MissingField", "documents is missing"),
     (line("bad", documents=["a", None]), "WrongType", "documents[1] is null"),
+    (b'{"id": 1, "id": 2, "query": "a", "documents": ["b"]}', "RepeatedField", "two fields 'id'"),
     (line("bad", documents=["\ud800"]), "InvalidUnicode", "documents[0]"),
     (line("bad", query=" "), "OutOfRange", "query is empty"),
     (line("bad", top_k=3), "UnknownField", "unknown field 'top_k'"),
     (line("bad", pairs=[["a", "b"]]), "UnknownField", "unknown field 'query': the fields are pairs, top_n"),
-    ({"id": "bad", "pairs": None}, "WrongType", "pairs is null, expected a list"),
+    ({"id": "bad", "pairs": None}, "MissingField", "query is missing"),
+    ({"id": "bad", "pairs": "ab"}, "WrongType", "pairs is a string, expected a list"),
+    (
+        line("bad", query=None, documents=None, pairs=[["a", "b"]], answer=None),
+        "UnknownField",
+        "unknown field 'answer'",
+    ),
     ({"id": "bad", "pairs": ["ab"]}, "WrongType", "pairs[0] is no list of two"),
     ({"id": "bad", "pairs": [["a", "b"], ["a"]]}, "WrongType", "pairs[1] is no list of two"),
     ({"id": "bad", "pairs": [["a", "b"], [" ", "b"]]}, "OutOfRange", "pairs[1][0] is empty"),
@@ -205,6 +214,61 @@ def test_an_empty_file_has_a_row(run):
         assert row["error"]["code"] == "EmptyFile"
 
 
+def test_lines_as_pandas_writes_them(run):
+    """Requests and pairs in one DataFrame: each line has all columns, null where there is nothing, and a column of
+    whole numbers with a gap is one of floats."""
+    frame = pandas.DataFrame(
+        [
+            {"id": 1, "query": QUERY, "documents": ["panda", "bear"], "top_n": 1},
+            {"id": 2, "pairs": [["law", "contract"], ["law", "oven"]]},
+            {"id": None},
+        ]
+    )
+    written = frame.to_json(orient="records", lines=True)
+    assert '"id":1.0' in written
+    assert '"top_n":1.0' in written
+    assert '"pairs":null' in written
+    rows = run(*written.encode().splitlines())
+    assert [(row["id"], row.get("rank")) for row in rows if "error" not in row] == [(1, 1), (2, 1), (2, 2)]
+    assert isinstance(of(rows, 1)[0]["id"], int)
+    assert of(rows, None)[0]["error"]["code"] == "MissingId"
+
+
+def test_the_id_1_and_the_id_1_point_0_are_one(run):
+    assert [
+        row["error"]["code"] for row in run(b'{"id": 1, "query": "a", "documents": []}', line(1.0)) if "error" in row
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [
+        (b"PK\x03\x04\x14\x00" + bytes(range(256)) * 20, "BinaryFile"),
+        ('{"id": 1, "query": "a", "documents": ["b"]}\n'.encode("utf-16"), "BinaryFile"),
+        (gzip.compress(b'{"id": 1}\n' * 1000)[:-20], "DamagedFile"),
+        (gzip.compress(b"\0\n" * 1000), "BinaryFile"),
+    ],
+    ids=["zip", "utf-16", "cut-off gzip", "binary in gzip"],
+)
+def test_a_file_that_is_no_text_has_one_row(tiny, tmp_path, content, code):
+    """And not one for each 0x0A in it. The other files of the mini-batch are scored."""
+    strange, good = tmp_path / "strange", tmp_path / "good.jsonl"
+    strange.write_bytes(content)
+    good.write_text(json.dumps(line(1)))
+    rows = batch_score.score_files([str(strange), str(good)], tiny, wire.Limits())
+    (error,) = [row for row in rows if "error" in row]
+    assert (error["file"], error["error"]["code"]) == (str(strange), code)
+    assert len(of(rows, 1)) == 2
+
+
+def test_files_may_be_packed_with_gzip(tiny, tmp_path):
+    plain, packed = tmp_path / "a.jsonl", tmp_path / "a.jsonl.gz"
+    plain.write_text("".join(json.dumps(line(id_)) + "\n" for id_ in range(3)))
+    packed.write_bytes(gzip.compress(b"\xef\xbb\xbf" + plain.read_bytes()))
+    limits = wire.Limits()
+    assert batch_score.score_files([str(packed)], tiny, limits) == batch_score.score_files([str(plain)], tiny, limits)
+
+
 def test_a_byte_order_mark_and_no_newline_at_the_end(run):
     rows = run(b"\xef\xbb\xbf" + json.dumps(line(1)).encode() + b"\n" + json.dumps(line(2)).encode(), end=b"")
     assert [row["id"] for row in rows] == [1, 1, 2, 2]
@@ -230,7 +294,8 @@ def test_any_id_comes_back_from_a_file_of_lines(tiny, tiny_folder, tmp_path, mon
 
 @given(
     st.lists(
-        st.binary(max_size=30).map(lambda data: data.replace(b"\n", b""))
+        # Without what makes a whole file binary, or gzip
+        st.binary(max_size=30).map(lambda data: data.translate(None, b"\n\0\x1f"))
         | st.fixed_dictionaries(
             {"id": st.sampled_from(["a", "b", 1, None, 1.5]), "query": st.sampled_from(["panda", "", 1])},
             optional={
