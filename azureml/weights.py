@@ -3,7 +3,9 @@
 import os
 from pathlib import Path
 
-from reranker_helpers import Reranker, load_reranker, rerank
+from reranker_helpers import Reranker, load_reranker, score
+
+WARM_UP = [("what is a panda?", text) for text in ("a panda is a bear", "law", "bread is baked in an oven, " * 9)]
 
 
 def load_model() -> tuple[Reranker, str]:
@@ -16,7 +18,7 @@ def load_model() -> tuple[Reranker, str]:
 
     Raises:
         RuntimeError: the weights are missing or incomplete, then the message lists the folder; or the device is not
-            there.
+            there; or the model gives the same logit for everything.
         ArithmeticError: the model returns NaN or an infinity.
     """
     folder = find_model(os.environ.get("AZUREML_MODEL_DIR", ""))
@@ -24,9 +26,14 @@ def load_model() -> tuple[Reranker, str]:
         # A folder's path, so nothing is looked up on the hub. A deployment that pays for a GPU says "cuda", so that a
         # missing driver fails here and now, not as a slow endpoint.
         reranker = load_reranker(folder, device=os.environ.get("RERANKER_DEVICE"))
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise RuntimeError(f"{error}. {_listing(folder)}") from error
-    rerank("warm-up", ["warm-up"], *reranker)
+    logits = score(WARM_UP, *reranker)
+    if len(set(logits)) == 1:
+        # Such as weights of zeros, where an upload or a copy left a hole in the file.
+        raise RuntimeError(
+            f"the model gives the logit {logits[0]} to every text: check the weights. {_listing(folder)}"
+        )
     return reranker, os.environ.get("RERANKER_MODEL_NAME", folder.name)
 
 

@@ -3,7 +3,10 @@
 import json
 import logging
 import random
+import shutil
 import socket
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,7 +93,7 @@ def request_with(**fields) -> dict:
 REFUSED = [
     (b"", 400, "InvalidJson", "column 1"),
     (b'{"query":\n}', 400, "InvalidJson", "line 2, column 1"),
-    (b"\xef\xbb\xbf{}", 400, "InvalidJson", "BOM"),
+    (b"\xef\xbb\xbf{}", 400, "MissingField", "query is missing"),
     (b'{"query": "\xff"}', 400, "InvalidJson", "no UTF-8: see byte 11"),
     (b'{"query": NaN}', 400, "InvalidJson", "NaN"),
     (b'{"top_n": -Infinity}', 400, "InvalidJson", "Infinity"),
@@ -113,6 +116,9 @@ REFUSED = [
     (request_with(documents=[{"text": 1.5}]), 400, "WrongType", "documents[0].text is a number with a fraction"),
     (request_with(top_k=3), 400, "UnknownField", "unknown field 'top_k': the fields are query, documents, top_n"),
     (request_with(top_n="3"), 400, "WrongType", "top_n is a string, expected a whole number"),
+    (request_with(top_n=2.5), 400, "WrongType", "top_n is a number with a fraction, expected a whole number"),
+    (request_with(top_n=-1.0), 422, "OutOfRange", "top_n must be at least 1"),
+    (request_with(max_length=1e300), 422, "OutOfRange", "max_length must be at most 8,192"),
     (request_with(top_n=True), 400, "WrongType", "top_n is true or false, expected a whole number"),
     (request_with(top_n=1e999), 400, "InvalidJson", "Infinity"),
     (request_with(top_n=0), 422, "OutOfRange", "top_n must be at least 1"),
@@ -133,6 +139,42 @@ def test_what_is_refused_and_how(ask, caplog, request_, status, code, message):
     assert message in answer["error"]["message"]
     assert answer.keys() == {"error"}
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        (b'{"query": "a", "query": "b", "documents": ["c"]}', "query"),
+        (b'{"query": "a", "documents": ["c"], "documents": ["d"]}', "documents"),
+        (b'{"query": "a", "documents": [{"text": "c", "text": "d"}]}', "text"),
+        (b'{"query": "a", "documents": [{"text": "c", "meta": {"x": 1, "x": 1}}]}', "x"),
+    ],
+)
+def test_a_field_that_is_there_twice_is_refused(ask, body, field):
+    """Python's json takes the last one, without a word: the ranking would be for another query than the client's."""
+    status, answer = ask(body)
+    assert (status, answer["error"]["code"]) == (400, "RepeatedField")
+    assert f"two fields '{field}'" in answer["error"]["message"]
+
+
+def test_a_million_fields_and_one_twice_are_refused_at_once(ask):
+    body = b"{" + b",".join(b'"%d":0' % (number % 500_000) for number in range(500_001)) + b"}"
+    started = time.perf_counter()
+    assert ask(body)[1]["error"]["code"] == "RepeatedField"
+    assert time.perf_counter() - started < 5
+
+
+def test_whole_numbers_as_pandas_writes_them(ask):
+    """A column of whole numbers with a gap is one of floats: to_json writes 2.0."""
+    assert ask(request_with(documents=WORDS, top_n=2.0, max_length=40.0, stride=8.0)) == ask(
+        request_with(documents=WORDS, top_n=2, max_length=40, stride=8)
+    )
+
+
+def test_a_byte_order_mark(ask):
+    """PowerShell and other Windows tools begin UTF-8 with one."""
+    body = json.dumps(request_with()).encode()
+    assert ask(b"\xef\xbb\xbf" + body) == ask(body)
 
 
 def test_a_number_too_large_for_a_float_is_no_whole_number(ask):
@@ -295,6 +337,38 @@ def test_init_without_a_model(tmp_path, monkeypatch, tiny_folder):
         score.init()
     (tmp_path / "config.json").write_bytes((tiny_folder / "config.json").read_bytes())
     with pytest.raises(RuntimeError, match=r"(?s)needs config\.json, model\.safetensors.*readme\.txt  5 bytes"):
+        score.init()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 2271071852\n"),
+        ("model.safetensors", b""),
+        ("config.json", b"{"),
+    ],
+    ids=["pointer", "empty", "config"],
+)
+def test_init_with_a_file_that_is_not_what_its_name_says(tiny_folder, tmp_path, monkeypatch, name, content):
+    """The container's log is all that one sees on Azure. It lists the folder, with sizes that tell a pointer."""
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "weights"))
+    (folder / name).write_bytes(content)
+    monkeypatch.setenv("AZUREML_MODEL_DIR", str(folder))
+    with pytest.raises(RuntimeError) as raised:
+        score.init()
+    assert str(folder) in str(raised.value)
+    assert f"\n  {name}  {len(content):,} bytes" in str(raised.value)
+
+
+def test_init_with_weights_that_tell_no_text_from_another(tiny_folder, tmp_path, monkeypatch):
+    """A file with holes: a right header, and zeros where an upload was cut off. It loads, and ranks nothing."""
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "weights"))
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    file.write_bytes(content[:header] + bytes(len(content) - header))
+    monkeypatch.setenv("AZUREML_MODEL_DIR", str(folder))
+    with pytest.raises(RuntimeError, match=r"(?s)the model gives the logit 0\.0 to every text: check.*safetensors  "):
         score.init()
 
 
