@@ -88,8 +88,8 @@ def seconds(folder: Path, files: list[Path], processes: int, threads: int) -> fl
     environment = {"AZUREML_MODEL_DIR": model, "OMP_NUM_THREADS": str(threads), "RERANKER_DEVICE": "cpu"}
     output, log = folder / name / "scores.jsonl", folder / f"{name}.txt"
     script = folder / f"{name}.py"
-    script.write_text(TOGETHER.format(folder=str(ROOT / "azureml"), processes=processes))
-    job = BatchJob(script, files, output, BatchSettings(processes), environment, log)
+    script.write_text(TOGETHER.format(folder=str(ROOT / "azureml_batch"), processes=processes))
+    job = BatchJob(folder, script.name, files, output, BatchSettings(processes), environment, log)
     job.start()
     job.join()
     ended = time.time()

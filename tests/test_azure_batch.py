@@ -3,6 +3,7 @@ real SDK. Input ids and output ids are equal sets in each of them."""
 
 import json
 import os
+import shutil
 import signal
 import time
 import warnings
@@ -34,7 +35,7 @@ DOCUMENTS = ["bread and oven", "the panda is a bear", "law and contract"]
 CRASHING = f"""
 import os, signal, sys, time
 from pathlib import Path
-sys.path.insert(0, {str(AZUREML)!r})
+sys.path.insert(0, {str(ROOT / "azureml_batch")!r})
 import batch_score
 
 init = batch_score.init
@@ -74,13 +75,13 @@ def job(tmp_path, tiny_folder):
     jobs = []
 
     def job(*names: str, **settings) -> tuple[BatchJob, list[dict] | None, set[str]]:
-        script = tmp_path / "crashing.py"
-        script.write_text(CRASHING)
+        (tmp_path / "crashing.py").write_text(CRASHING)
         files = [tmp_path / f"{name}.jsonl" for name in names]
         ids = set().union(*map(write_shard, files))
         output = tmp_path / "score" / "scores.jsonl"
         environment = {"AZUREML_MODEL_DIR": str(tiny_folder)}
-        jobs.append(BatchJob(script, files, output, BatchSettings(**settings), environment, tmp_path / "log.txt"))
+        settings, log = BatchSettings(**settings), tmp_path / "log.txt"
+        jobs.append(BatchJob(tmp_path, "crashing.py", files, output, settings, environment, log))
         jobs[0].start()
         jobs[0].join(120)
         rows = [json.loads(row) for row in output.read_text().splitlines()] if output.exists() else None
@@ -121,6 +122,27 @@ def test_an_error_threshold_lets_the_job_complete_without_the_file(job):
 def test_mini_batches_of_several_files(job):
     _, rows, ids = job("one", "two", "three", mini_batch_size=2)
     assert {row["id"] for row in rows} == ids
+
+
+def test_a_script_in_a_folder_of_microsofts_name_is_not_found(tmp_path, tiny_folder):
+    """The batch script used to be azureml/batch_score.py. Azure's engine imports it as azureml.batch_score when
+    azureml-core has loaded its own package azureml, which has no such module, and every job failed before its first
+    line; here it worked, because this engine loaded it by its path. The folder's name alone makes the difference."""
+    (tmp_path / "shard.jsonl").write_text(json.dumps({"id": 1, "query": QUERY, "documents": DOCUMENTS}))
+    environment = {"AZUREML_MODEL_DIR": str(tiny_folder), "RERANKER_DEVICE": "cpu"}
+    for folder in ("azureml", "azureml_batch"):
+        root, log = tmp_path / f"code_{folder}", tmp_path / f"{folder}.txt"
+        for name in ("reranker_helpers", "azureml", "azureml_batch"):
+            shutil.copytree(ROOT / name, root / name)
+        if folder == "azureml":
+            shutil.move(root / "azureml_batch" / "batch_score.py", root / "azureml")
+        files, output = [tmp_path / "shard.jsonl"], tmp_path / folder / "scores.jsonl"
+        script, settings = f"{folder}/batch_score.py", BatchSettings(max_retries=0)
+        job = BatchJob(root, script, files, output, settings, environment, log)
+        job.start()
+        job.join(120)
+        assert job.status == ("Failed" if folder == "azureml" else "Completed"), log.read_text()
+        assert ("No module named 'azureml.batch_score'" in log.read_text()) == (folder == "azureml")
 
 
 @pytest.fixture(scope="module")

@@ -121,7 +121,7 @@ def test_only_the_script_and_the_package_are_uploaded(azure, endpoint):
     }
     assert "azureml/score.py" in uploaded
     assert "reranker_helpers/ranking.py" in uploaded
-    assert {name.split("/")[0] for name in uploaded} == {"azureml", "reranker_helpers"}
+    assert {name.split("/")[0] for name in uploaded} == {"azureml", "azureml_batch", "reranker_helpers"}
     assert not [name for name in uploaded if "__pycache__" in name or name.endswith(".yml")]
 
 

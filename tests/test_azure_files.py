@@ -34,9 +34,12 @@ def test_environment(name):
     assert re.fullmatch(r"mcr\.microsoft\.com/azureml/.+ubuntu22\.04:\d{8}\.v\d+", body["image"]), "pinned"
     (pip,) = [item["pip"] for item in yaml.safe_load(body["condaFile"])["dependencies"] if isinstance(item, dict)]
     packages = pins(pip)
-    # What Microsoft documents as needed by batch jobs. Nothing here runs it.
+    # What batch jobs need: two packages by Microsoft's documentation, and pandas, which their engine imports.
     assert {packages.pop("azureml-core"), packages.pop("azureml-dataset-runtime[fuse]")}
+    assert packages.pop("pandas").startswith("2.")
     assert packages.keys() == {"torch", "transformers", "azureml-inference-server-http"}
+    packages["torch"], _, build = packages["torch"].partition("+")
+    assert build == ("cpu" if "cpu" in name else "cu126"), "without it pip would take another one from PyPI"
     requirements = pins((ROOT / "requirements.txt").read_text().splitlines())
     assert packages.items() <= requirements.items(), "the versions that were tested"
     assert all("==" in line or line.startswith("--extra-index-url") for line in pip)
@@ -190,5 +193,5 @@ def test_the_upload_is_the_scripts_and_the_package():
     ignore = get_ignore_file(ROOT)
     uploaded = {Path(name).as_posix() for _, name in get_upload_files_from_folder(ROOT, ignore_file=ignore)}
     uploaded = {name.removeprefix(f"{ROOT.name}/") for name in uploaded}
-    files = [*(ROOT / "azureml").iterdir(), *(ROOT / "reranker_helpers").iterdir()]
+    files = [file for name in ("azureml", "azureml_batch", "reranker_helpers") for file in (ROOT / name).iterdir()]
     assert uploaded == {file.relative_to(ROOT).as_posix() for file in files if file.suffix in (".py", ".typed")}

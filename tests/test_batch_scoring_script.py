@@ -1,4 +1,4 @@
-"""azureml/batch_score.py without an engine: every line gets its rows, whatever is in it and around it."""
+"""azureml_batch/batch_score.py without an engine: every line gets its rows, whatever is in it and around it."""
 
 import gzip
 import json
@@ -280,7 +280,7 @@ IDS = ["a,b", 'say "hi"', "two\nlines", " space ", "\u2028", "'", "", "😀", "\
 def test_any_id_comes_back_from_a_file_of_lines(tiny, tiny_folder, tmp_path, monkeypatch):
     """Through init() and run(), and through the file that the engine writes from the rows."""
     monkeypatch.setenv("AZUREML_MODEL_DIR", str(tiny_folder))
-    script = load_script("batch_score")
+    script = load_script("azureml_batch/batch_score.py")
     script.init()
     files = [tmp_path / "1.jsonl", tmp_path / "2.jsonl"]
     for file, ids in zip(files, (IDS[::2], IDS[1::2]), strict=True):
@@ -330,5 +330,5 @@ def test_no_line_is_lost_or_doubled(run, lines):
 
 def test_the_script_needs_no_inference_server():
     """The batch engine's container need not have it."""
-    for name in ("batch_score.py", "wire.py", "weights.py"):
-        assert "azureml_inference_server_http" not in (ROOT / "azureml" / name).read_text()
+    for name in ("azureml_batch/batch_score.py", "azureml/wire.py", "azureml/weights.py"):
+        assert "azureml_inference_server_http" not in (ROOT / name).read_text()

@@ -313,22 +313,22 @@ class FakeAzure:
 
     def _start(self, model: str, code: str, properties: dict, name: str) -> InferenceServer:
         """Start Azure's server on the uploaded files."""
-        app_root, script, model_dir = self._lay_out(model, code, properties, name)
+        app_root, model_dir = self._lay_out(model, code, name)
+        script = app_root / "code" / properties["codeConfiguration"]["scoringScript"]
         variables = properties.get("environmentVariables", {})
         return InferenceServer(app_root, script, model_dir, variables, app_root.parent / "log.txt")
 
-    def _lay_out(self, model: str, code: str, properties: dict, name: str) -> tuple[Path, Path, Path]:
-        """Put the uploaded files where Azure's container has them. Return root, script and model folder."""
+    def _lay_out(self, model: str, code: str, name: str) -> tuple[Path, Path]:
+        """Put the uploaded files where Azure's container has them. Return the root of it, and the model's folder."""
         app_root = self._root / "instances" / f"{name}-{uuid.uuid4()}" / "var" / "azureml-app"
         blobs = self._resources[code]["properties"]["codeUri"].removeprefix(f"https://{STORAGE}/")
-        code_folder = app_root / "code"
-        shutil.copytree(self._root / "blobs" / blobs, code_folder)
+        shutil.copytree(self._root / "blobs" / blobs, app_root / "code")
         _, model_name, _, version = model.split("/")
         model_dir = app_root / "azureml-models" / model_name / version
         source = self._blobs(self._resources[model]["properties"]["modelUri"])
         # Links, not copies: the real weights are 2.3 GB.
         shutil.copytree(source, model_dir / source.name, copy_function=os.link)
-        return app_root, code_folder / properties["codeConfiguration"]["scoringScript"], model_dir
+        return app_root, model_dir
 
     def _blobs(self, uri: str) -> Path:
         """Return the folder of a URI of the datastore."""
@@ -354,9 +354,10 @@ class FakeAzure:
         workspace = deployment["id"].removesuffix(f"/{path}/deployments/{chosen}")
         model, code = self._check_registered(workspace, f"{path}/deployments/{chosen}", properties)
         job = str(uuid.uuid4())
-        app_root, script, model_dir = self._lay_out(model, code, properties, name)
+        app_root, model_dir = self._lay_out(model, code, name)
         self._jobs[job] = BatchJob(
-            script,
+            app_root / "code",
+            properties["codeConfiguration"]["scoringScript"],
             sorted(file for file in self._blobs(data["uri"]).rglob("*") if file.is_file()),
             self._root / "blobs" / "models" / "azureml" / job / "score" / properties["outputFileName"],
             settings,

@@ -39,7 +39,8 @@ class BatchJob(threading.Thread):
     fails when more files than `error_threshold` have failed in all tries; then there is no result.
 
     Args:
-        script: the scoring script.
+        root: the folder of the code.
+        script: the scoring script, its path in that folder.
         files: the input. Each mini-batch gets `mini_batch_size` of them.
         output: the file for the rows: no header, mini-batches in any order.
         settings: see there.
@@ -49,7 +50,8 @@ class BatchJob(threading.Thread):
 
     def __init__(
         self,
-        script: Path,
+        root: Path,
+        script: str,
         files: list[Path],
         output: Path,
         settings: BatchSettings,
@@ -61,7 +63,7 @@ class BatchJob(threading.Thread):
         """Running, Completed, Failed or Canceled."""
         self.failures = 0
         """Tries that failed."""
-        self.script, self.log, self._output, self._settings = script, log, output, settings
+        self.root, self.script, self.log, self._output, self._settings = root, script, log, output, settings
         # On Azure each process has a machine for itself, or a GPU; here they share the cores.
         threads = str(max(1, (os.cpu_count() or 1) // settings.processes))
         defaults = {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": threads}
@@ -146,17 +148,12 @@ class _Worker:
         self._job = job
         reading, writing = os.pipe()
         # -P: this folder is not to be on the script's path.
-        command = [
-            sys.executable,
-            "-P",
-            str(Path(__file__).with_name("batch_worker.py")),
-            str(job.script),
-            str(writing),
-        ]
+        worker = Path(__file__).with_name("batch_worker.py")
+        command = [sys.executable, "-P", str(worker), str(job.root), job.script, str(writing)]
         with job.log.open("ab") as output:
             self._process = subprocess.Popen(
                 command,
-                cwd=job.script.parent,
+                cwd=job.root,
                 env=job.environment,
                 stdin=subprocess.PIPE,
                 stdout=output,

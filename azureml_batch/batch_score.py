@@ -3,6 +3,9 @@
 Azure's batch engine calls `init()` once per process and `run()` with the paths of some files. It gives files whose
 `run()` raised, or whose process died, to a process again, and appends what `run()` returned to one file, in any order.
 
+The engine imports this script as the module `azureml_batch.batch_score`, when Microsoft's package `azureml` has been
+loaded. That is why it has a folder of another name than the rest, where it would not be found.
+
 Line:  {"id": str or int, "query": str, "documents": [str or {"text": str}], ...}, with the options of the online
        endpoint, or {"id": str or int, "pairs": [[query, document], ...], ...} with the same options; null is absent
 Row:   {"id", "index", "logit", "relevance_score", "rank", "truncated", "document"?}, JSON on one line
@@ -28,8 +31,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-# Azure puts neither this folder nor the one above it on the path; reranker_helpers is uploaded beside azureml/.
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+# Both are uploaded beside this folder. azureml/ can't be a package: that name is Microsoft's.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "azureml"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from weights import load_model
