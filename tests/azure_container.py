@@ -2,7 +2,7 @@
 
 Run it in an environment made of the pip list of azureml/conda-cpu.yml, as CI does each week:
 
-    sed -n 's/^      - \\([^#]*\\)$/\\1/p' azureml/conda-cpu.yml > /tmp/container.txt && pip install -r /tmp/container.txt
+    sed -n 's/^      - \\([^#]*\\)$/\\1/p' azureml/conda-cpu.yml > container.txt && pip install -r container.txt
 
 The online script runs on Azure's inference server, the batch script is imported as Azure's batch engine does it, beside
 the real azureml-core. Both must rank as the package does here.

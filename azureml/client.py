@@ -1,0 +1,178 @@
+"""Rerank on the endpoint, from an application. Copy this file: it needs `requests`, and `azure-identity` for the token.
+
+    from azure.identity import DefaultAzureCredential, get_bearer_token_provider
+
+    token = get_bearer_token_provider(DefaultAzureCredential(), "https://ml.azure.com/.default")
+    ranking = rerank_remote("what is a panda?", documents, top_n=3, url=scoring_uri, token=token)
+
+A search must not fail with its reranker, nor wait for it for long. So a call has a budget of time, in which failures
+that may pass are tried again. After that the documents come back in the order in which they were given.
+"""
+
+import json
+import logging
+import math
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import requests
+
+MAX_DOCUMENTS, MAX_BYTES = 1000, 8 * 2**20
+"""What a request may hold. A deployment that takes less answers 413, and the request is sent in two halves."""
+
+RETRIED = {408, 429, 500, 502, 503, 504}
+"""A timeout, too many requests, or a server that fails or restarts: the next try may succeed."""
+
+logger = logging.getLogger(__name__)
+
+
+class Result(NamedTuple):
+    """A document, and its position in the input."""
+
+    document: str
+    score: float | None
+    """The raw logit; None if the documents were not reranked."""
+    index: int
+
+
+class Ranking(NamedTuple):
+    """The documents, best first; in the order in which they were given if `reranked` is False."""
+
+    results: list[Result]
+    reranked: bool
+    reason: str
+    """Why they were not reranked, else empty. It never quotes a text."""
+
+
+class RerankFailed(Exception):
+    """The documents could not be reranked. The message says why."""
+
+
+def rerank_remote(
+    query: str,
+    documents: Iterable[str],
+    top_n: int | None = None,
+    *,
+    url: str,
+    token: str | Callable[[], str],
+    budget: float = 5.0,
+    fail_open: bool = True,
+    max_length: int | None = None,
+    stride: int | None = None,
+    session: requests.Session | None = None,
+) -> Ranking:
+    """Sort documents by their relevance to a query, best first.
+
+    Documents that are too many for one request are sent in parts, one after the other, and merged: scores of different
+    requests can be compared. If a part fails, the whole call has failed.
+
+    Args:
+        query: the question or search text.
+        documents: strings, in the order of the first stage.
+        top_n: how many to return, at least 1. Default: all.
+        url: the endpoint's scoring URI.
+        token: the endpoint's key, or a function that returns a valid token.
+        budget: seconds that the call may take, the token included.
+        fail_open: whether to return the documents as they were given if they can't be reranked in time, or to raise.
+        max_length, stride: as `rerank` has them. Default: the endpoint's.
+        session: to keep connections open from call to call.
+
+    Raises:
+        TypeError, ValueError: query or documents are no strings, or `top_n` is below 1.
+        RerankFailed: the documents could not be reranked, and `fail_open` is False.
+    """
+    if isinstance(documents, str):
+        raise TypeError("documents is str, expected a list of strings")
+    documents = list(documents)
+    for name, text in [("query", query), *((f"documents[{place}]", text) for place, text in enumerate(documents))]:
+        if not isinstance(text, str):
+            raise TypeError(f"{name} is {type(text).__name__}, expected str")
+    if top_n is not None and top_n < 1:
+        raise ValueError(f"top_n is {top_n}, expected at least 1")
+    request = {"query": query, "top_n": top_n, "max_length": max_length, "stride": stride}
+    outcome: queue.SimpleQueue[dict[int, float] | Exception] = queue.SimpleQueue()
+    send = _Sender(url, token, (session or requests).post, time.monotonic() + budget)
+
+    def work() -> None:
+        try:
+            outcome.put(_logits(request, documents, send))
+        except Exception as error:
+            outcome.put(error)
+
+    # In a thread, because names and tokens have no timeout, and that of requests is for each read, not for all.
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        logits = outcome.get(timeout=budget)
+    except queue.Empty:
+        logits = RerankFailed(f"no answer within {budget} s")
+    if isinstance(logits, dict):
+        order = sorted(logits, key=lambda index: (-logits[index], index))[:top_n]
+        return Ranking([Result(documents[index], logits[index], index) for index in order], True, "")
+    reason = str(logits) if isinstance(logits, RerankFailed) else f"{type(logits).__name__} in the request"
+    if not fail_open:
+        raise RerankFailed(reason) from logits
+    logger.warning("not reranked: %s", reason)
+    return Ranking([Result(document, None, index) for index, document in enumerate(documents)][:top_n], False, reason)
+
+
+def _logits(request: dict[str, Any], documents: list[str], send: Callable[..., Any]) -> dict[int, float]:
+    """Return the logits of the documents, at least of the best `top_n`, by their index."""
+    logits: dict[int, float] = {}
+    parts = [
+        range(begin, min(begin + MAX_DOCUMENTS, len(documents))) for begin in range(0, len(documents), MAX_DOCUMENTS)
+    ]
+    while parts:
+        part = parts.pop()
+        body = json.dumps({**request, "documents": [documents[index] for index in part]}).encode()
+        status, answer = send(body) if len(body) <= MAX_BYTES else (413, {})
+        if status == 413 and len(part) > 1:
+            parts += [part[: len(part) // 2], part[len(part) // 2 :]]
+            continue
+        if status != 200:
+            error = answer.get("error")
+            message = error.get("message") if isinstance(error, dict) else None
+            raise RerankFailed(f"the endpoint answered {status}" + (f": {message}" if message else ""))
+        scores = {part[result["index"]]: float(result["logit"]) for result in answer["results"]}
+        if len(scores) != min(request["top_n"] or len(part), len(part)) or not all(map(math.isfinite, scores.values())):
+            raise RerankFailed("the endpoint's answer is no ranking of these documents")
+        logits |= scores
+    return logits
+
+
+class _Sender(NamedTuple):
+    """Sends a request, again and again if need be, until the deadline."""
+
+    url: str
+    token: str | Callable[[], str]
+    post: Callable[..., requests.Response]
+    deadline: float
+
+    def __call__(self, body: bytes) -> tuple[int, dict[str, Any]]:
+        """Return the status and the JSON of the answer. The script's own status, where Azure hides it behind 424."""
+        pause = 0.1
+        while True:
+            token = self.token() if callable(self.token) else self.token
+            headers = {"Content-Type": "application/json", "Authorization": f"Bearer {token}"}
+            failure, after = None, ""
+            try:
+                left = max(0.001, self.deadline - time.monotonic())
+                response = self.post(self.url, data=body, headers=headers, timeout=left)
+                status = int(response.headers.get("ms-azureml-model-error-statuscode", response.status_code))
+                after = response.headers.get("Retry-After", "")
+                answer = response.json() if "json" in response.headers.get("Content-Type", "") else {}
+                if status not in RETRIED:
+                    return status, answer
+            except requests.RequestException as error:
+                failure = error
+            # By chance, or all clients would come back at the same moment.
+            wait = max(random.uniform(pause / 2, pause), float(after) if after.isdecimal() else 0.0)
+            if time.monotonic() + wait > self.deadline:
+                if failure is None:
+                    return status, answer
+                raise RerankFailed(f"no answer in time: {type(failure).__name__}") from failure
+            time.sleep(wait)
+            pause = min(2 * pause, 5.0)

@@ -1,0 +1,308 @@
+"""azureml/client.py against Azure's inference server, with faults between them and in it.
+
+Whatever happens, all documents come back, in the reranker's order or in the given one, and in time.
+"""
+
+import json
+import os
+import random
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import requests
+from fake_azure import InferenceServer
+from scoring_script import load_script
+
+from reranker_helpers import load_reranker, rerank
+
+ROOT = Path(__file__).parent.parent
+client = load_script("azureml/client.py")
+
+QUERY = "what is a panda"
+WORDS = ["panda", "bear", "bread", "oven", "law", "contract", "tree", "river", "king", "music"]
+DOCUMENTS = [" ".join(random.Random(seed).choices(WORDS, k=1 + seed % 9)) for seed in range(37)]
+TOKEN = "the right token"
+SLACK = 1.0  # seconds beyond the budget
+RESET = (socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close() then sends no proper end
+
+
+class Front(BaseHTTPRequestHandler):
+    """What stands before the server, as Azure's front does: it checks the token, and makes 424 of all errors.
+
+    For each request it takes the next of `server.faults`, and if there are none it passes the request on.
+    """
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.sizes.append(len(json.loads(body)["documents"]))
+        fault = self.server.faults.pop(0) if self.server.faults else None
+        if self.headers["Authorization"] != f"Bearer {TOKEN}":
+            return self.answer(401, b"")
+        if fault == "reset":
+            self.connection.setsockopt(*RESET)
+            return self.connection.close()
+        if fault == "drip":
+            self.answer(200, b"{", length=1000)
+            while not self.server.over.wait(0.2):
+                self.wfile.write(b" ")
+            return None
+        if fault == "slow":
+            self.server.over.wait(20)
+        if isinstance(fault, int):
+            return self.answer(fault, b"busy", **self.server.headers)
+        try:
+            reply = requests.post(
+                self.server.behind, data=body, headers={"Content-Type": "application/json"}, timeout=60
+            )
+        except requests.RequestException:
+            return self.answer(502, b"")
+        if reply.ok:
+            return self.answer(200, reply.content, Content_Type="application/json")
+        hidden = {"ms_azureml_model_error_statuscode": str(reply.status_code)}
+        return self.answer(424, reply.content, Content_Type=reply.headers["Content-Type"], **hidden)
+
+    def answer(self, status: int, body: bytes, length: int | None = None, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(length or len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        pass
+
+
+class Azure(ThreadingHTTPServer):
+    """The front, and the server behind it."""
+
+    daemon_threads = True
+
+    def __init__(self, server: InferenceServer) -> None:
+        super().__init__(("127.0.0.1", 0), Front)
+        self.server, self.behind = server, server.url
+        self.faults: list[str | int] = []
+        self.headers: dict[str, str] = {}
+        self.sizes: list[int] = []
+        self.over = threading.Event()
+
+    def handle_error(self, *arguments):
+        pass  # a client that has left
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/score"
+
+    def worker(self) -> int:
+        pid = self.server.process.pid
+        return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+
+
+@contextmanager
+def running(model: Path, log: Path, **environment: str) -> Iterator[Azure]:
+    with (
+        InferenceServer(ROOT, ROOT / "azureml" / "score.py", model, environment, log) as server,
+        Azure(server) as azure,
+    ):
+        threading.Thread(target=azure.serve_forever, daemon=True).start()
+        yield azure
+        azure.over.set()
+        azure.shutdown()
+
+
+@pytest.fixture(scope="module")
+def shared(tiny_folder, tmp_path_factory):
+    limits = {"RERANKER_MAX_DOCUMENTS": "20", "RERANKER_MAX_TOKENS": "250"}
+    with running(tiny_folder, tmp_path_factory.mktemp("client") / "log.txt", **limits) as azure:
+        yield azure
+
+
+@pytest.fixture
+def azure(shared):
+    shared.faults, shared.headers, shared.sizes = [], {}, []
+    return shared
+
+
+@pytest.fixture(scope="module")
+def local(tiny_folder):
+    """The ranking on this machine: index and logit."""
+    return [(result.index, result.score) for result in rerank(QUERY, DOCUMENTS, *load_reranker(tiny_folder))]
+
+
+@pytest.fixture
+def ask(azure):
+    """Call the client with the test's documents, and look at the clock."""
+
+    def ask(budget: float = 20.0, documents: list[str] = DOCUMENTS, **options):
+        started = time.monotonic()
+        try:
+            return client.rerank_remote(QUERY, documents, budget=budget, **{"url": azure.url, "token": TOKEN} | options)
+        finally:
+            assert time.monotonic() - started < budget + SLACK
+
+    return ask
+
+
+def is_the_local_one(ranking, local) -> bool:
+    assert (ranking.reranked, ranking.reason) == (True, "")
+    assert [result.document for result in ranking.results] == [DOCUMENTS[result.index] for result in ranking.results]
+    scores = dict(local)
+    assert [result.score for result in ranking.results] == pytest.approx(
+        [scores[result.index] for result in ranking.results], abs=1e-5
+    )
+    logits = [result.score for result in ranking.results]
+    return logits == sorted(logits, reverse=True) and len({result.index for result in ranking.results}) == len(logits)
+
+
+def is_the_given_one(ranking, reason: str) -> bool:
+    assert reason in ranking.reason
+    return (
+        ranking.results == [(document, None, index) for index, document in enumerate(DOCUMENTS)]
+        and not ranking.reranked
+    )
+
+
+def test_documents_beyond_the_limits_are_split_and_merged(ask, azure, local):
+    """37 documents where 20 are allowed, and 250 tokens: it halves until the parts fit, and nothing is lost."""
+    ranking = ask()
+    assert is_the_local_one(ranking, local)
+    assert len(ranking.results) == 37
+    assert azure.sizes[0] == 37
+    assert max(azure.sizes[-3:]) < 20
+    best = ask(top_n=3)
+    assert [result.index for result in best.results] == [index for index, _ in local[:3]]
+
+
+def test_a_document_that_is_too_long_alone(ask):
+    ranking = ask(documents=["panda", "law " * 2000], max_length=500)
+    assert not ranking.reranked
+    assert "answered 413" in ranking.reason
+    assert "tokens" in ranking.reason
+
+
+def test_nothing_to_rank(ask, azure):
+    assert ask(documents=[]) == ([], True, "")
+    assert azure.sizes == []
+
+
+@pytest.mark.parametrize("fault", [429, 503, 500, 502, 504, 408, "reset"])
+def test_what_passes_is_tried_again(ask, azure, local, fault):
+    azure.faults = [fault, fault, fault]
+    assert is_the_local_one(ask(), local)
+
+
+def test_what_does_not_pass_opens(ask, azure):
+    for fault, reason in [(429, "answered 429"), (503, "answered 503"), ("reset", "no answer in time: Connection")]:
+        azure.faults = [fault] * 1000
+        assert is_the_given_one(ask(budget=1.0), reason)
+    azure.faults = []
+    assert ask(top_n=2, url="http://127.0.0.1:9/", budget=0.5).results == [
+        (document, None, index) for index, document in enumerate(DOCUMENTS[:2])
+    ]
+
+
+def test_retry_after_is_kept_and_beyond_the_budget_nothing_is_waited_for(ask, azure, local):
+    azure.faults, azure.headers = [429], {"Retry_After": "1"}
+    started = time.monotonic()
+    assert is_the_local_one(ask(), local)
+    assert time.monotonic() - started > 1
+    azure.faults, azure.headers = [429], {"Retry_After": "60"}
+    started = time.monotonic()
+    assert is_the_given_one(ask(), "answered 429")
+    assert time.monotonic() - started < 1
+
+
+@pytest.mark.parametrize("fault", ["slow", "drip"])
+def test_a_slow_answer(ask, azure, fault):
+    """One that does not come, and one that comes byte by byte, which the timeout of requests does not end."""
+    azure.faults = [fault]
+    assert is_the_given_one(ask(budget=1.0), "")
+
+
+def test_a_token_that_is_wrong_late_or_not_to_be_had(ask, azure):
+    assert is_the_given_one(ask(token="wrong"), "the endpoint answered 401")
+    assert len(azure.sizes) == 1, "it is not tried again"
+    assert is_the_given_one(ask(token=lambda: time.sleep(20), budget=0.5), "no answer within 0.5 s")
+
+    def not_signed_in() -> str:
+        raise PermissionError("secret")
+
+    assert ask(token=not_signed_in).reason == "PermissionError in the request"
+
+
+def test_a_request_that_is_wrong_is_told_from_a_service_that_is_broken(ask, azure):
+    """Azure answers 424 for both. The header has the script's status, and only a broken service is tried again."""
+    documents = DOCUMENTS[:5]
+    ranking = ask(documents=documents, max_length=5)
+    assert [result.document for result in ranking.results] == documents
+    assert ranking.reason.startswith("the endpoint answered 422: query has 4 tokens")
+    assert len(azure.sizes) == 1
+
+
+def test_failures_can_be_raised_instead(ask, azure):
+    azure.faults = [503] * 1000
+    with pytest.raises(client.RerankFailed, match="answered 503"):
+        ask(budget=0.5, fail_open=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"documents": ["a", None]}, r"documents\[1\] is NoneType, expected str"),
+        ({"documents": "panda"}, "documents is str, expected a list"),
+        ({"top_n": 0}, "top_n is 0, expected at least 1"),
+    ],
+)
+def test_mistakes_of_the_caller_are_raised(ask, arguments, message):
+    """Failing open would hide them: the search would look fine, and never be reranked."""
+    with pytest.raises((TypeError, ValueError), match=message):
+        ask(**arguments)
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the worker is found in Linux's /proc")
+
+
+@needs_proc
+def test_a_worker_that_is_killed_is_waited_for(ask, azure, local):
+    """The server starts another one, which takes seconds; meanwhile connections are reset or left unanswered."""
+    killer = threading.Timer(0.05, os.kill, (azure.worker(), signal.SIGKILL))
+    killer.start()
+    assert is_the_local_one(ask(budget=60.0), local)
+    killer.join()
+    assert azure.server.log.read_text().count("Booting worker") == 2
+
+
+@needs_proc
+def test_a_worker_that_hangs(ask, azure, local):
+    worker = azure.worker()
+    os.kill(worker, signal.SIGSTOP)
+    try:
+        assert is_the_given_one(ask(budget=1.0), "")
+    finally:
+        os.kill(worker, signal.SIGCONT)
+    assert is_the_local_one(ask(), local), "and works again"
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_row_of_faults(ask, azure, local, seed):
+    generator = random.Random(seed)
+    azure.faults = generator.choices([None, 429, 503, "reset", "slow", "drip", 401, 400], k=6)
+    azure.faults = [None if fault == 401 else fault for fault in azure.faults]
+    ranking = ask(budget=generator.choice([0.3, 1.0, 3.0]))
+    assert is_the_local_one(ranking, local) if ranking.reranked else is_the_given_one(ranking, "")
+
+
+def test_the_file_can_be_copied():
+    """It imports what it says, and nothing of this repository."""
+    source = (ROOT / "azureml" / "client.py").read_text()
+    imported = {line.split()[1].split(".")[0] for line in source.splitlines() if line.startswith(("import ", "from "))}
+    assert imported - set(sys.stdlib_module_names) == {"requests"}
