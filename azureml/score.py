@@ -4,7 +4,7 @@ Azure's inference server calls `init()` once per worker and `run()` per request.
 and the answer is `answer()`, a plain function that needs no server.
 
 Request: {"query": str, "documents": [str or {"text": str}], "top_n"?: int, "return_documents"?: bool,
-          "max_length"?: int, "stride"?: int, "model"?: str}
+          "max_length"?: int, "stride"?: int, "max_tokens_per_doc"?: int, "model"?: str}
 Answer:  {"model": str, "results": [{"index": int, "relevance_score": float, "logit": float, "truncated": bool,
           "document"?: {"text": str}}], "usage": {"total_tokens": int}}, best document first
 Error:   {"error": {"code": str, "message": str}}
@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from weights import load_model
-from wire import Limits, Refused, Request, check_tokens, error_json, parse
+from wire import Limits, Refused, Request, check_tokens, error_json, length_of, parse
 
 from reranker_helpers import Reranker, rerank
 
@@ -79,9 +79,10 @@ def answer(
 
 
 def _rank(request: Request, reranker: Reranker, model_name: str, limits: Limits) -> dict[str, Any]:
-    pairs = [(request.query, document) for document in request.documents]
-    check_tokens(pairs, "documents", request.max_length, request.stride, reranker, limits)
-    results = rerank(request.query, request.documents, *reranker, max_length=request.max_length, stride=request.stride)
+    query, documents, options = request
+    max_length = length_of(query, options, reranker, limits)
+    check_tokens([(query, text) for text in documents], "documents", max_length, options.stride, reranker, limits)
+    results = rerank(query, documents, *reranker, max_length=max_length, stride=options.stride)
     ranking = [
         {
             "index": result.index,
@@ -89,8 +90,8 @@ def _rank(request: Request, reranker: Reranker, model_name: str, limits: Limits)
             "logit": result.score,
             "truncated": result.truncated,
         }
-        | ({"document": {"text": result.document}} if request.return_documents else {})
-        for result in results[: request.top_n]
+        | ({"document": {"text": result.document}} if options.return_documents else {})
+        for result in results[: options.top_n]
     ]
     read = {result.document: result.tokens for result in results}  # equal documents are read once
     return {"model": model_name, "results": ranking, "usage": {"total_tokens": sum(read.values())}}

@@ -14,7 +14,19 @@ TOKENIZER_TOKENS = 2_000_000
 """What the tokenizer may produce for one request: it keeps about 300 bytes a token, also of text that is cut off."""
 
 OPTIONS = ("top_n", "return_documents", "max_length", "stride", "model")
-FIELDS = ("query", "documents", *OPTIONS)
+FIELDS = ("query", "documents", *OPTIONS, "max_tokens_per_doc")
+
+# Fields that clients of other services send, and what does here what they mean.
+ELSEWHERE = {
+    "rank_fields": "send one text for each document",
+    "max_chunks_per_doc": "stride reads long documents whole",
+    "texts": "send documents",
+    "passages": "send documents",
+    "queries": "send one query",
+    "top_k": "send top_n",
+    "raw_scores": "the answer has both, logit and relevance_score",
+    "truncation": "max_length says where a text is cut, and truncated in the answer which ones were",
+}
 
 
 class Limits(NamedTuple):
@@ -51,6 +63,8 @@ class Options(NamedTuple):
     return_documents: bool
     max_length: int
     stride: int | None
+    max_tokens_per_doc: int | None
+    """Cohere's limit, of a document alone. `length_of` makes a `max_length` of it."""
 
 
 class Request(NamedTuple):
@@ -58,10 +72,7 @@ class Request(NamedTuple):
 
     query: str
     documents: list[str]
-    top_n: int | None
-    return_documents: bool
-    max_length: int
-    stride: int | None
+    options: Options
 
 
 class Refused(Exception):
@@ -112,11 +123,12 @@ def load_object(body: bytes, what: str = "the body") -> dict[str, Any]:
 
 
 def known_fields(fields: dict[str, Any], names: tuple[str, ...], or_null: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return the fields that are not null. Raises `Refused` for one that is not in `names`; those in `or_null` may be
-    there with null."""
+    """Return the fields that are not null. Raises `Refused` for one not in `names`. Those in `or_null`, and those
+    of other services' clients, may be there with null."""
     for name, value in fields.items():
-        if name not in names and (value is not None or name not in or_null):
-            raise Refused(400, "UnknownField", f"unknown field {name[:40]!a}: the fields are {', '.join(names)}")
+        if name not in names and (value is not None or name not in (*or_null, *ELSEWHERE)):
+            remedy = ELSEWHERE.get(name, f"the fields are {', '.join(names)}")
+            raise Refused(400, "UnknownField", f"unknown field {name[:40]!a}: {remedy}")
     return {name: value for name, value in fields.items() if value is not None}
 
 
@@ -128,18 +140,33 @@ def check_request(fields: dict[str, Any], limits: Limits) -> Request:
     query = check_query("query", fields["query"])
     check_count("documents", fields["documents"], limits)
     documents = [check_document(f"documents[{i}]", value) for i, value in enumerate(fields["documents"])]
-    return Request(query, documents, *check_options(fields, limits))
+    return Request(query, documents, check_options(fields, limits))
 
 
 def check_options(fields: dict[str, Any], limits: Limits) -> Options:
     """Check the values of the fields that say how to rank, and fill in defaults. Raises `Refused`, as `parse`."""
     _text("model", fields.get("model", ""))  # many clients send it; the answer says which model it was
+    if "max_tokens_per_doc" in fields and ("max_length" in fields or "stride" in fields):
+        raise Refused(422, "OutOfRange", "max_tokens_per_doc excludes max_length and stride: send one or the other")
     return Options(
         _whole_number(fields, "top_n", at_least=1),
         _boolean(fields, "return_documents"),
         _whole_number(fields, "max_length", at_least=1, at_most=limits.length) or min(MAX_LENGTH, limits.length),
         _whole_number(fields, "stride", at_least=0),
+        _whole_number(fields, "max_tokens_per_doc", at_least=1),
     )
+
+
+def length_of(query: str, options: Options, reranker: Reranker, limits: Limits) -> int:
+    """Return the `max_length` of the pairs with this query.
+
+    It is at most what the deployment allows: Cohere's clients send 4,096 tokens a document, whatever their lengths.
+    """
+    if options.max_tokens_per_doc is None:
+        return options.max_length
+    tokenizer = reranker.tokenizer
+    frame = count_tokens([query], tokenizer)[0] + tokenizer.num_special_tokens_to_add(pair=True)
+    return min(frame + options.max_tokens_per_doc, limits.length, tokenizer.model_max_length)
 
 
 def check_query(name: str, value: object) -> str:

@@ -51,6 +51,7 @@ from wire import (
     check_tokens,
     error_json,
     known_fields,
+    length_of,
     load_object,
     whole,
 )
@@ -184,10 +185,10 @@ def _parse(fields: Row, id_: str | int, path: str, number: int, reranker: Rerank
         pairs = _pairs(fields["pairs"], limits)
         line = Line(id_, path, number, "pairs", pairs, check_options(fields, limits))
     else:
-        query, documents, *rest = check_request(known_fields(fields, FIELDS, or_null=("pairs",)), limits)
-        pairs = [(query, document) for document in documents]
-        line = Line(id_, path, number, "documents", pairs, Options(*rest))
-    check_tokens(pairs, line.name, line.options.max_length, line.options.stride, reranker, limits)
+        query, documents, options = check_request(known_fields(fields, FIELDS, or_null=("pairs",)), limits)
+        options = options._replace(max_length=length_of(query, options, reranker, limits))
+        line = Line(id_, path, number, "documents", [(query, document) for document in documents], options)
+    check_tokens(line.pairs, line.name, line.options.max_length, line.options.stride, reranker, limits)
     return line
 
 

@@ -67,6 +67,18 @@ def test_the_rows_of_a_line_are_what_rerank_returns(run, tiny):
         assert of(rows, i) == expected
 
 
+def test_max_tokens_per_doc(run, tiny):
+    """Each line has its own query, so the limit of the pair differs from line to line."""
+    documents = texts(7, 6)
+    rows = run(*[line(query, query=query, documents=documents, max_tokens_per_doc=20) for query in ("panda", QUERY)])
+    for query in ("panda", QUERY):
+        frame = len(tiny.tokenizer(query, "panda")["input_ids"]) - 1
+        expected = rerank(query, documents, *tiny, max_length=frame + 20)
+        assert [(row["index"], row["truncated"]) for row in of(rows, query)] == [
+            (r.index, r.truncated) for r in expected
+        ]
+
+
 def test_pairs(run, tiny):
     """Each query of the pairs has its own ranking; `index` is the place among all pairs."""
     pairs = [["panda", "bear"], ["law", "contract"], ["panda", "law"], ["law", {"text": "oven"}], ["panda", "panda"]]
@@ -112,7 +124,8 @@ BAD = [
     (b'{"id": 1, "id": 2, "query": "a", "documents": ["b"]}', "RepeatedField", "two fields 'id'"),
     (line("bad", documents=["\ud800"]), "InvalidUnicode", "documents[0]"),
     (line("bad", query=" "), "OutOfRange", "query is empty"),
-    (line("bad", top_k=3), "UnknownField", "unknown field 'top_k'"),
+    (line("bad", top_k=3), "UnknownField", "unknown field 'top_k': send top_n"),
+    ({"id": "bad", "pairs": [["a", "b"]], "max_tokens_per_doc": 5}, "UnknownField", "'max_tokens_per_doc': the fields"),
     (line("bad", pairs=[["a", "b"]]), "UnknownField", "unknown field 'query': the fields are pairs, top_n"),
     ({"id": "bad", "pairs": None}, "MissingField", "query is missing"),
     ({"id": "bad", "pairs": "ab"}, "WrongType", "pairs is a string, expected a list"),

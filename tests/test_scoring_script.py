@@ -70,6 +70,48 @@ def test_no_documents_and_null_options(ask):
     assert ask(request) == (200, {"model": "tiny", "results": [], "usage": {"total_tokens": 0}})
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model": "m", "top_n": 2},
+        {"model": "m", "top_n": 2, "return_documents": True},
+        {"model": "m", "top_n": 10, "max_tokens_per_doc": 4096},
+        {"model": "m", "top_n": 2, "max_tokens_per_doc": None},
+        {"model": "m", "top_n": None},
+        {"model": "m", "top_n": 2, "rank_fields": None, "max_chunks_per_doc": None},
+    ],
+    ids=[
+        "cohere 5.21 and 7.3, langchain-community 0.4 JinaRerank",
+        "litellm for cohere, jina_ai, hosted_vllm, azure_ai; dify",
+        "cohere-haystack 11.0 CohereRanker",
+        "langchain-cohere 0.6 CohereRerank",
+        "jina-haystack 2.0 JinaRanker",
+        "null where nothing is set",
+    ],
+)
+def test_what_stock_clients_send_by_default(ask, fields):
+    """Recorded from the packages themselves. The deployment for a CPU reads 1,024 tokens of a pair, not 4,096."""
+    status, answer = ask({"query": QUERY, "documents": ["panda", "bear"]} | fields, length=1024)
+    assert status == 200
+    assert {"index", "relevance_score"} <= answer["results"][0].keys()
+    assert ("document" in answer["results"][0]) == ("return_documents" in fields)
+
+
+def test_max_tokens_per_doc_cuts_the_document_alone(ask, tiny):
+    """Cohere's limit is one of the document, whatever the query's length. What it cuts is reported as ever."""
+    documents = texts(5, 12, 60)
+    status, answer = ask({"query": QUERY, "documents": documents, "max_tokens_per_doc": 20})
+    frame = len(tiny.tokenizer(QUERY, "panda")["input_ids"]) - 1
+    expected = rerank(QUERY, documents, *tiny, max_length=frame + 20)
+    assert status == 200
+    assert [(r["index"], r["logit"], r["truncated"]) for r in answer["results"]] == [
+        (r.index, r.score, r.truncated) for r in expected
+    ]
+    lengths = [len(tiny.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in documents]
+    assert [r.truncated for r in sorted(expected, key=lambda r: r.index)] == [length > 20 for length in lengths]
+    assert answer["usage"]["total_tokens"] == sum(frame + min(length, 20) for length in lengths)
+
+
 @pytest.mark.parametrize("options", [{}, {"max_length": 40}, {"max_length": 40, "stride": 8}])
 def test_total_tokens_are_those_that_the_model_read(ask, tiny, options):
     documents = texts(1, 10, 100)
@@ -114,7 +156,26 @@ REFUSED = [
     (request_with(documents=["panda", None]), 400, "WrongType", "documents[1] is null, expected a string or"),
     (request_with(documents=[{"content": "panda"}]), 400, "WrongType", "documents[0] is an object, expected a string"),
     (request_with(documents=[{"text": 1.5}]), 400, "WrongType", "documents[0].text is a number with a fraction"),
-    (request_with(top_k=3), 400, "UnknownField", "unknown field 'top_k': the fields are query, documents, top_n"),
+    (request_with(docs=[]), 400, "UnknownField", "unknown field 'docs': the fields are query, documents, top_n"),
+    (request_with(docs=None), 400, "UnknownField", "unknown field 'docs'"),
+    (request_with(max_tokens_per_doc=0), 422, "OutOfRange", "max_tokens_per_doc must be at least 1"),
+    (request_with(max_tokens_per_doc=9, stride=1), 422, "OutOfRange", "max_tokens_per_doc excludes max_length and"),
+    # What clients of other services send, LiteLLM 1.x for Hugging Face's server and for NVIDIA's among them
+    (request_with(top_k=3), 400, "UnknownField", "unknown field 'top_k': send top_n"),
+    (request_with(rank_fields=["title"]), 400, "UnknownField", "'rank_fields': send one text for each document"),
+    (
+        request_with(max_chunks_per_doc=3),
+        400,
+        "UnknownField",
+        "'max_chunks_per_doc': stride reads long documents whole",
+    ),
+    (
+        {"query": QUERY, "texts": ["a"], "raw_scores": False},
+        400,
+        "UnknownField",
+        "unknown field 'texts': send documents",
+    ),
+    ({"query": {"text": QUERY}, "passages": [{"text": "a"}]}, 400, "UnknownField", "field 'passages': send documents"),
     (request_with(top_n="3"), 400, "WrongType", "top_n is a string, expected a whole number"),
     (request_with(top_n=2.5), 400, "WrongType", "top_n is a number with a fraction, expected a whole number"),
     (request_with(top_n=-1.0), 422, "OutOfRange", "top_n must be at least 1"),
