@@ -147,6 +147,7 @@ def test_a_script_in_a_folder_of_microsofts_name_is_not_found(tmp_path, tiny_fol
 
 @pytest.fixture(scope="module")
 def client(azure, tiny_folder):
+    azure.quota["Standard_NC4as_T4_v3"] = 8
     client = MLClient(
         DefaultAzureCredential(), "s", "group", "workspace", enable_telemetry=False, show_progress=False, retry_total=0
     )
@@ -205,6 +206,15 @@ def test_from_the_yaml_files_to_the_rows(azure, client, endpoint, tmp_path, tiny
             continue
         assert [row["index"] for row in ranked] == [result.index for result in expected]
         assert [row["logit"] for row in ranked] == pytest.approx([result.score for result in expected], abs=1e-4)
+
+
+def test_a_job_without_quota_stays_queued(azure, client, endpoint, tmp_path, monkeypatch):
+    """Azure says nothing: the machines that the cluster asks for never come."""
+    monkeypatch.setitem(azure.quota, "Standard_NC4as_T4_v3", 4)
+    write_shard(tmp_path / "shard.jsonl")
+    job = client.batch_endpoints.invoke(endpoint.name, input=Input(type="uri_folder", path=str(tmp_path)))
+    assert client.jobs.get(job.name).status == "Queued"
+    assert not azure._jobs[job.name].is_alive()
 
 
 def test_a_deployment_without_its_compute(client, endpoint):

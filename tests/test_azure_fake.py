@@ -2,7 +2,9 @@
 
 import json
 import random
+import shutil
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -151,7 +153,9 @@ def test_logs(client, endpoint, ask):
 
 
 def test_a_new_subscription_has_no_gpu(client, endpoint, next_deployment):
-    with pytest.raises(HttpResponseError, match=r"OutOfQuota.*Standard_NC4as_T4_v3\. Limit: 0 cores, needed: 8"):
+    with pytest.raises(
+        HttpResponseError, match=r"(?s)Not enough quota.*Current usage/limit: 0/0\. Additional needed: 8"
+    ):
         client.online_deployments.begin_create_or_update(next_deployment("gpu", "online-deployment.yml")).result()
 
 
@@ -181,6 +185,48 @@ def test_traffic_is_split_and_a_second_deployment_is_another_process(azure, clie
     assert [
         deployment.name for deployment in client.online_deployments.list(endpoint.name) if deployment.name == "green"
     ] == []
+
+
+def test_mirrored_traffic_is_answered_by_blue_alone(azure, client, endpoint, ask, next_deployment):
+    client.online_deployments.begin_create_or_update(next_deployment("green")).result()
+    changed = client.online_endpoints.get(endpoint.name)
+    changed.mirror_traffic = {"green": 60}
+    with pytest.raises(HttpResponseError, match="at most 50"):
+        client.online_endpoints.begin_create_or_update(changed)
+    changed.mirror_traffic = {"green": 50}
+    client.online_endpoints.begin_create_or_update(changed).result()
+    answers = [ask({"query": QUERY, "documents": []}).headers["azureml-model-deployment"] for _ in range(20)]
+    assert set(answers) == {"blue"}
+    log = client.online_deployments.get_logs("green", endpoint.name, 200)
+    assert log.count("POST /score 200") == pytest.approx(10, abs=1)
+    changed.mirror_traffic = {}
+    client.online_endpoints.begin_create_or_update(changed).result()
+    client.online_deployments.begin_delete("green", endpoint.name).result()
+
+
+def test_more_than_two_requests_at_once_are_too_many(ask):
+    """max_concurrent_requests_per_instance is 1, and Azure lets as many wait as are served."""
+    request = {"query": QUERY, "documents": [f"the panda {i}" for i in range(300)]}
+    with ThreadPoolExecutor(6) as pool:
+        statuses = Counter(response.status_code for response in pool.map(ask, [request] * 6))
+    assert statuses[200] >= 2
+    assert statuses[429] == 6 - statuses[200] > 0
+
+
+def test_a_model_that_cannot_be_downloaded(azure, client, endpoint, next_deployment, tmp_path):
+    """No container of the script ever starts. Why is in the log of the one that fetches the model."""
+    (tmp_path / "config.json").write_text("{}")
+    overrides = [{"name": "lost"}, {"path": str(tmp_path)}]
+    client.models.create_or_update(load_model(AZUREML / "model.yml", params_override=overrides))
+    (stored,) = azure._root.glob(f"blobs/**/{tmp_path.name}")
+    shutil.rmtree(stored)
+    lost = next_deployment("lost")
+    lost.model = "azureml:lost:1"
+    with pytest.raises(HttpResponseError, match="Unable to download user model"):
+        client.online_deployments.begin_create_or_update(lost).result()
+    log = client.online_deployments.get_logs("lost", endpoint.name, 50, container_type="storage-initializer")
+    assert "downloading the model failed" in log
+    client.online_deployments.begin_delete("lost", endpoint.name).result()
 
 
 def test_traffic_to_a_deployment_that_does_not_exist(client, endpoint):

@@ -11,6 +11,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
@@ -20,6 +21,7 @@ from requests.adapters import HTTPAdapter
 
 from .batch_engine import BatchJob, BatchSettings
 from .inference_server import InferenceServer
+from .subscription import CORES, ML, ROLES, forbidden, may, no_quota, usages
 
 __all__ = ["BatchJob", "BatchSettings", "FakeAzure", "InferenceServer"]
 
@@ -29,15 +31,19 @@ STORAGE = "fakeaccount.blob.core.windows.net"
 REGION = "westeurope"
 SCORING = f".{REGION}.inference.ml.azure.com"
 HISTORY = f"{REGION}.api.azureml.ms"
-WORKSPACE = re.compile(r"(/subscriptions/[^/]+/resourceGroups/[^/]+/providers/[^/]+/workspaces/([^/]+))/?(.*)")
+SUBSCRIPTION = re.compile(r"/subscriptions/([^/]+)/providers/([^/]+)(/locations/[^/]+/usages)?")
+WORKSPACE = re.compile(
+    rf"(/subscriptions/([^/]+)/resourceGroups/[^/]+/providers/{ML}/workspaces/([^/]+))/?(.*)", re.IGNORECASE
+)
+AUTOSCALE = re.compile(
+    r"(/subscriptions/[^/]+/resourceGroups/[^/]+/providers/Microsoft\.Insights)/(autoscaleSettings/.+)"
+)
 # A service principal, so that DefaultAzureCredential signs in by itself and looks for no other account.
 CREDENTIALS = {
     "AZURE_TENANT_ID": str(uuid.UUID(int=1)),
     "AZURE_CLIENT_ID": str(uuid.UUID(int=2)),
     "AZURE_CLIENT_SECRET": "fake",
 }
-CORES = {"Standard_F8s_v2": 8, "Standard_NC4as_T4_v3": 4}
-
 COLLECTIONS = ("versions", "onlineEndpoints", "batchEndpoints", "deployments", "computes")
 DATASTORE = {
     "name": "workspaceblobstore",
@@ -85,10 +91,15 @@ class FakeAzure:
     Args:
         quota: cores that the subscription has for each type of machine. Default: enough for two CPU deployments of one
             instance, and none with a GPU, as in a new subscription.
+        role: of the caller, one of `ROLES`.
+        unregistered: resource providers that the subscription has not registered.
     """
 
-    def __init__(self, quota: dict[str, int] | None = None):
+    def __init__(
+        self, quota: dict[str, int] | None = None, role: str = "Contributor", unregistered: tuple[str, ...] = ()
+    ):
         self.quota = {"Standard_F8s_v2": 32} if quota is None else quota
+        self.role, self.unregistered = role, unregistered
         self.blocked: list[str] = []
         """Hosts that were refused."""
         self.requests: list[tuple[str, str, dict[str, str]]] = []
@@ -98,7 +109,9 @@ class FakeAzure:
         self._metadata: dict[str, dict[str, str]] = {}
         self._servers: dict[str, InferenceServer] = {}
         self._jobs: dict[str, BatchJob] = {}
+        self._initializers: dict[str, str] = {}
         self._calls: dict[str, int] = {}
+        self._busy: dict[str, int] = {}
         self._lock = threading.Lock()
 
     def install(self) -> "FakeAzure":
@@ -122,7 +135,8 @@ class FakeAzure:
         for server in self._servers.values():
             server.stop()
         for job in self._jobs.values():
-            job.cancel()
+            if job.is_alive():
+                job.cancel()
         shutil.rmtree(self._root, ignore_errors=True)
 
     def __enter__(self) -> "FakeAzure":
@@ -176,17 +190,30 @@ class FakeAzure:
         """Azure Resource Manager: the workspace, its assets, endpoints and deployments."""
         if request.headers.get("Authorization") != f"Bearer {token('https://management.azure.com/.default')}":
             raise error(401, "InvalidAuthenticationToken", "The access token is missing or for another audience.")
-        match = WORKSPACE.fullmatch(unquote(url.path))
+        path = unquote(url.path)
+        sent = json.loads(body) if body else {}
+        if match := SUBSCRIPTION.fullmatch(path):
+            if match[3]:
+                return Answer(200, {"value": usages(self.quota, self._cores())})
+            state = "NotRegistered" if match[2] in self.unregistered else "Registered"
+            return Answer(200, {"namespace": match[2], "registrationState": state})
+        if match := AUTOSCALE.fullmatch(path):
+            self._authorise(request.method, "Microsoft.Insights", match[2], path)
+            with self._lock:
+                return self._autoscale(request.method, *match.groups(), sent)
+        match = WORKSPACE.fullmatch(path)
         if not match:
             raise error(404, "InvalidResourceType", f"fake_azure knows no {url.path}")
-        workspace, name, path = match.groups()
+        workspace, _, name, path = match.groups()
         parts = path.split("/")
-        sent = json.loads(body) if body else {}
+        self._authorise(request.method, ML, path, f"{workspace}/{path}")
         with self._lock:
             match [request.method, *parts]:
                 case ["GET", ""]:
                     properties = {"discoveryUrl": f"https://{HISTORY}/discovery"}
                     return Answer(200, {"id": workspace, "name": name, "location": REGION, "properties": properties})
+                case ["GET", "providers", "Microsoft.Authorization", "permissions"]:
+                    return Answer(200, {"value": [ROLES[self.role]]})
                 case ["GET", "operations", operation]:
                     return Answer(200, self._operations[operation](), Retry_After=0.3)
                 case ["GET", "datastores"]:
@@ -204,9 +231,11 @@ class FakeAzure:
                 case ["POST", "onlineEndpoints", endpoint, "listKeys"]:
                     return Answer(200, {"primaryKey": f"{endpoint}-key-1", "secondaryKey": f"{endpoint}-key-2"})
                 case ["POST", "onlineEndpoints", _, "deployments", _, "getLogs"]:
-                    server = self._servers.get(path.removesuffix("/getLogs"))
-                    if server:
-                        return Answer(200, {"content": server.tail(sent["tail"])})
+                    deployment = path.removesuffix("/getLogs")
+                    if sent.get("containerType") == "StorageInitializer" and deployment in self._initializers:
+                        return Answer(200, {"content": self._initializers[deployment]})
+                    if deployment in self._servers:
+                        return Answer(200, {"content": self._servers[deployment].tail(sent["tail"])})
                 case ["PUT", "onlineEndpoints", endpoint]:
                     return self._put_endpoint(workspace, path, endpoint, sent)
                 case ["PUT", "onlineEndpoints", endpoint, "deployments", deployment]:
@@ -237,6 +266,20 @@ class FakeAzure:
                     return Answer(200, self._resources[path])
         raise error(404, "ResourceNotFound", f"fake_azure has no {path} for {request.method}")
 
+    def _authorise(self, method: str, provider: str, path: str, scope: str) -> None:
+        collections = path.split("/")[::2]
+        if not may(self.role, method, provider, collections):
+            raise error(403, "AuthorizationFailed", forbidden(provider, collections, method, scope))
+
+    def _autoscale(self, method: str, scope: str, path: str, sent: dict) -> Answer:
+        if method == "PUT":
+            return Answer(200, self._keep(scope, path, sent))
+        if method == "DELETE":
+            return Answer(200 if self._resources.pop(path, None) else 204)
+        if path not in self._resources:
+            raise error(404, "ResourceNotFound", f"fake_azure has no {path}")
+        return Answer(200, self._resources[path])
+
     def _keep(self, workspace: str, path: str, sent: dict) -> dict:
         resource = {"id": f"{workspace}/{path}", "name": path.split("/")[-1], "location": REGION, **sent}
         resource["properties"] = {"provisioningState": "Succeeded", **sent["properties"]}
@@ -252,8 +295,15 @@ class FakeAzure:
         return Answer(status, resource, Azure_AsyncOperation=location, Location=location, Retry_After=1)
 
     def _put_endpoint(self, workspace: str, path: str, endpoint: str, sent: dict) -> Answer:
-        traffic = sent["properties"].setdefault("traffic", {})
-        unknown = [name for name in traffic if f"{path}/deployments/{name}" not in self._resources]
+        if self.unregistered:
+            message = (
+                "Resource provider [N/A] isn't registered with Subscription [N/A]. Please see troubleshooting guide."
+            )
+            raise error(400, "SubscriptionNotRegistered", message)
+        traffic, mirrored = (sent["properties"].setdefault(name, {}) for name in ("traffic", "mirrorTraffic"))
+        if sum(mirrored.values()) > 50 or len(mirrored) > 1:
+            raise error(400, "BadRequest", "mirrored traffic: one deployment, and at most 50 percent")
+        unknown = [name for name in (*traffic, *mirrored) if f"{path}/deployments/{name}" not in self._resources]
         if unknown:
             raise error(400, "BadRequest", f"traffic names deployments that do not exist: {unknown}")
         sent["properties"]["scoringUri"] = f"https://{endpoint}{SCORING}/score"
@@ -277,12 +327,17 @@ class FakeAzure:
         properties = sent["properties"]
         properties.setdefault("scaleSettings", {"scaleType": "Default"})
         model, code = self._check_registered(workspace, path, properties)
+        self._check_quota(workspace, path, sent)
         if path in self._servers:
             self._servers.pop(path).stop()
         resource = self._keep(workspace, path, sent)
-        failure = self._quota_exceeded()
-        if not failure:
+        failure = None
+        try:
             self._servers[path] = self._start(model, code, properties, f"{endpoint}-{deployment}")
+            self._initializers[path] = "the model was downloaded"
+        except FileNotFoundError as missing:
+            failure = {"code": "BadArgument", "message": "Unable to download user model artifacts."}
+            self._initializers[path] = f"downloading the model failed: {missing}"
 
         def poll() -> dict:
             server = self._servers.get(path)
@@ -296,20 +351,25 @@ class FakeAzure:
 
         return self._long_running(workspace, 201, resource, poll)
 
-    def _quota_exceeded(self) -> dict | None:
-        """Azure keeps a fifth of the instances, rounded up, in reserve for upgrades."""
-        needed: dict[str, int] = {}
+    def _cores(self, but: str = "") -> dict[str, int]:
+        """Return the cores in use. Azure keeps a fifth of the instances, rounded up, in reserve for upgrades."""
+        used: dict[str, int] = {}
         for path, resource in self._resources.items():
-            if "/deployments/" in path and resource["properties"]["provisioningState"] != "Failed":
-                machine = resource["properties"]["instanceType"]
-                instances = resource["sku"]["capacity"]
-                needed[machine] = needed.get(machine, 0) + CORES[machine] * (instances + math.ceil(instances / 5))
-        for machine, cores in needed.items():
-            limit = self.quota.get(machine, 0)
-            if cores > limit:
-                message = f"Not enough quota available for {machine}. Limit: {limit} cores, needed: {cores}."
-                return {"code": "OutOfQuota", "message": message}
-        return None
+            if path != but and path.startswith("onlineEndpoints/") and "/deployments/" in path:
+                machine, instances = resource["properties"]["instanceType"], resource["sku"]["capacity"]
+                if resource["properties"]["provisioningState"] != "Failed":
+                    used[machine] = used.get(machine, 0) + CORES[machine] * (instances + math.ceil(instances / 5))
+        return used
+
+    def _check_quota(self, workspace: str, path: str, sent: dict) -> None:
+        machine, instances = sent["properties"]["instanceType"], sent["sku"]["capacity"]
+        needed = CORES[machine] * (instances + math.ceil(instances / 5))
+        used, limit = self._cores(but=path).get(machine, 0), self.quota.get(machine, 0)
+        if used + needed > limit:
+            message = no_quota(machine, workspace.split("/")[2], used, limit, needed)
+            detail = {"code": "InferencingClientCreateDeploymentFailed", "message": message}
+            body = {"code": "BadRequest", "message": "The request is invalid.", "details": [detail]}
+            raise Answer(400, {"error": body}, x_ms_error_code="BadRequest")
 
     def _start(self, model: str, code: str, properties: dict, name: str) -> InferenceServer:
         """Start Azure's server on the uploaded files."""
@@ -364,7 +424,14 @@ class FakeAzure:
             properties["environmentVariables"] | {"AZUREML_MODEL_DIR": str(model_dir)},
             app_root.parent / "log.txt",
         )
-        self._jobs[job].start()
+        machine = self._resources[properties["compute"].removeprefix(f"{workspace}/")]["properties"]["properties"][
+            "vmSize"
+        ]
+        cores = CORES[machine] * properties["resources"]["instanceCount"]
+        if self._cores().get(machine, 0) + cores <= self.quota.get(machine, 0):
+            self._jobs[job].start()
+        else:
+            self._jobs[job].status = "Queued"  # for ever, as on Azure
         return Answer(201, self._describe_job(workspace, job))
 
     def _describe_job(self, workspace: str, job: str) -> dict:
@@ -446,11 +513,38 @@ class FakeAzure:
     def _score(self, request: requests.PreparedRequest, url: SplitResult, body: bytes) -> Answer:
         """The endpoint's address: who may call, which deployment answers, and what Azure makes of its answer."""
         _, path, endpoint = self._admit(request, url, "onlineEndpoints")
-        deployment = request.headers.get("azureml-model-deployment") or self._choose(path, endpoint)
-        server = self._servers.get(f"{path}/deployments/{deployment}")
+        named = request.headers.get("azureml-model-deployment")
+        deployment = named or self._choose(path, endpoint["properties"]["traffic"])
+        if not named and (mirror := self._choose(f"{path} mirror", endpoint["properties"]["mirrorTraffic"])):
+            # Nobody waits for it on Azure; here the call does, so that counts are the same each time.
+            with suppress(Answer):
+                self._ask(request, f"{path}/deployments/{mirror}", mirror, body)
+        return self._ask(request, f"{path}/deployments/{deployment}", deployment, body)
+
+    def _ask(self, request: requests.PreparedRequest, path: str, deployment: str | None, body: bytes) -> Answer:
+        server = self._servers.get(path)
         if server is None:
             raise error(404, "NotFound", "The endpoint has no deployment that gets traffic.")
-        settings = self._resources[f"{path}/deployments/{deployment}"]["properties"]["requestSettings"]
+        settings = self._resources[path]["properties"]["requestSettings"]
+        allowed = 2 * settings["maxConcurrentRequestsPerInstance"] * self._resources[path]["sku"]["capacity"]
+        with self._lock:
+            if self._busy.get(path, 0) >= allowed:
+                raise error(429, "TooManyRequests", f"{allowed} requests are in the deployment already.")
+            self._busy[path] = self._busy.get(path, 0) + 1
+        try:
+            return self._forward(request, server, deployment, settings, body)
+        finally:
+            with self._lock:
+                self._busy[path] -= 1
+
+    def _forward(
+        self,
+        request: requests.PreparedRequest,
+        server: InferenceServer,
+        deployment: str | None,
+        settings: dict,
+        body: bytes,
+    ) -> Answer:
         headers = {k: v for k, v in request.headers.items() if k.lower() in ("content-type", "x-request-id")}
         try:
             reply = requests.request(
@@ -480,12 +574,12 @@ class FakeAzure:
             raise error(401, "Unauthorized", f"the endpoint's authentication mode is {mode}: no or another credential")
         return name, path, endpoint
 
-    def _choose(self, path: str, endpoint: dict) -> str | None:
+    def _choose(self, path: str, shares: dict[str, int]) -> str | None:
         """Split the traffic. Azure draws by chance; a golden-ratio sequence has the same shares and is repeatable."""
         with self._lock:
             self._calls[path] = self._calls.get(path, 0) + 1
         place = 100 * (self._calls[path] * 0.618033988749895 % 1)
-        for deployment, share in endpoint["properties"]["traffic"].items():
+        for deployment, share in shares.items():
             place -= share
             if place < 0:
                 return deployment

@@ -1,0 +1,146 @@
+"""Before anything costs money: is all there that the notebook needs? It looks, and changes nothing.
+
+Numbers of chapters are those of BGE_Reranker_AzureML.ipynb.
+"""
+
+import math
+import re
+from typing import NamedTuple
+
+import requests
+from azure.ai.ml import MLClient
+from azure.core.credentials import TokenCredential
+from azure.core.exceptions import ClientAuthenticationError, HttpResponseError, ResourceNotFoundError
+
+ARM = "https://management.azure.com"
+ML = "Microsoft.MachineLearningServices"
+
+MACHINES = {"Standard_F8s_v2": ("FSv2", 8), "Standard_NC4as_T4_v3": ("NCASv3_T4", 4)}
+"""The family that Azure counts a machine's quota in, and its cores."""
+
+PROVIDERS = (ML, "Microsoft.PolicyInsights", "Microsoft.Cdn")
+"""What a subscription must have registered before it can have a managed online endpoint."""
+
+ACTIONS = {
+    f"{ML}/workspaces/models/versions/write": "chapter 7 on",
+    f"{ML}/workspaces/onlineEndpoints/write": "chapters 8 to 15",
+    f"{ML}/workspaces/onlineEndpoints/score/action": "chapters 10 to 16",
+    "Microsoft.Insights/autoscaleSettings/write": "chapter 14",
+    f"{ML}/workspaces/batchEndpoints/write": "chapter 16",
+    f"{ML}/workspaces/computes/write": "chapter 16",
+}
+"""What the caller's role must allow, and what needs it."""
+
+OFFLINE = "Chapters 1, 2 and 4 to 6 need no account"
+
+
+class Check(NamedTuple):
+    """One thing that was looked at. `ok` is None where it could not be seen."""
+
+    ok: bool | None
+    what: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        mark = {True: "ok      ", False: "MISSING ", None: "UNKNOWN "}[self.ok]
+        return mark + self.what + ("" if self.ok else f"\n        {self.remedy}")
+
+
+def preflight(client: MLClient, credential: TokenCredential, machine: str, batch_machines: int = 2) -> list[Check]:
+    """Look at sign-in, workspace, resource providers, role and quota.
+
+    Args:
+        client: of the workspace.
+        credential: who will run the notebook.
+        machine: the machine of the online deployments and of the batch cluster, one of `MACHINES`.
+        batch_machines: how many the batch job takes.
+
+    Returns:
+        What was found, in the order in which it is needed. Where one thing hides all others, it is the last.
+    """
+    try:
+        token = credential.get_token(f"{ARM}/.default").token
+    except ClientAuthenticationError:
+        return [Check(False, "sign-in", f"Run `az login` in a terminal. {OFFLINE}.")]
+    checks = [Check(True, "signed in")]
+    try:
+        workspace = client.workspaces.get(client.workspace_name)
+    except ResourceNotFoundError:
+        remedy = f"Check the three variables of chapter 2, and `az account show`. {OFFLINE}."
+        return [*checks, Check(False, "the workspace", remedy)]
+    except HttpResponseError as error:
+        remedy = f"Azure answered {error.status_code}. Ask its owner for a role on it, see below. {OFFLINE}."
+        return [*checks, Check(False, "the workspace", remedy)]
+    checks.append(Check(True, f"workspace in {workspace.location}"))
+
+    def get(path: str, version: str) -> dict | None:
+        headers = {"Authorization": f"Bearer {token}"}
+        response = requests.get(f"{ARM}{path}", {"api-version": version}, headers=headers, timeout=30)
+        return response.json() if response.ok else None
+
+    checks += _providers(client, get)
+    checks += _role(workspace.id, get)
+    return checks + _quota(client, machine, batch_machines)
+
+
+def _providers(client: MLClient, get) -> list[Check]:
+    checks = []
+    for name in PROVIDERS:
+        found = get(f"/subscriptions/{client.subscription_id}/providers/{name}", "2021-04-01")
+        ok = None if found is None else found.get("registrationState") == "Registered"
+        remedy = f"Run `az provider register --namespace {name}`. Without it no endpoint: chapters 1 to 7 can be run."
+        checks.append(Check(ok, f"provider {name}", remedy))
+    return checks
+
+
+def _role(workspace: str, get) -> list[Check]:
+    found = get(f"{workspace}/providers/Microsoft.Authorization/permissions", "2022-04-01")
+    remedy = (
+        "Ask for the role Contributor on the resource group; AzureML Data Scientist does for chapters 7 to 13 and 15."
+    )
+    checks = []
+    for action, needed_for in ACTIONS.items():
+        ok = None if found is None else any(_allows(permission, action) for permission in found["value"])
+        checks.append(Check(ok, f"your role, for {needed_for}: {action.partition('/')[2]}", remedy))
+    return checks
+
+
+def _allows(permission: dict, action: str) -> bool:
+    """Whether a role's actions, less its notActions, have this one.
+
+    "computes/*/write" excludes "computes/write", too: that is how Microsoft describes the role that has it.
+    """
+
+    def has(patterns: list[str]) -> bool:
+        return any(
+            re.fullmatch(re.escape(pattern).replace(r"/\*/", "/(.*/)?").replace(r"\*", ".*"), action, re.IGNORECASE)
+            for pattern in patterns
+        )
+
+    return has(permission.get("actions", [])) and not has(permission.get("notActions", []))
+
+
+def _quota(client: MLClient, machine: str, batch_machines: int) -> list[Check]:
+    family, cores = MACHINES[machine]
+    try:
+        # The list names a family again for each workspace and cluster that uses it.
+        levels = ("vmFamily/usages", "dedicatedCores/usages")
+        usages = [usage for usage in client.compute.list_usage() if usage.type.partition("/")[2] in levels]
+    except HttpResponseError as error:
+        return [Check(None, f"quota of {family}", f"Azure answered {error.status_code}: ask who may see it.")]
+    free = {usage.name["value"]: math.inf if usage.limit < 0 else usage.limit - usage.current_value for usage in usages}
+    of_family = [left for name, left in free.items() if f"{family} Family Cluster Dedicated" in name]
+    total = free.get("Total Cluster Dedicated Regional vCPUs", math.inf)
+    left = min([total, *of_family]) if of_family else 0
+    checks = []
+    one = cores * 2  # an instance, and one in reserve for upgrades: a fifth of them, rounded up
+    for needed, what in [
+        (one, "one deployment, chapters 9 to 15"),
+        (2 * one, "a second one beside it, chapter 12"),
+        (one + batch_machines * cores, "a batch job beside the first, chapter 16"),
+    ]:
+        remedy = (
+            f"Free are {left} cores. Ask for {needed} of {family} and of all dedicated cores: Azure ML Studio, Quota."
+        )
+        checks.append(Check(left >= needed, f"quota of {needed} cores of {family} for {what}", remedy))
+    return checks
