@@ -1,0 +1,74 @@
+"""azureml/preflight.py: what is missing is named, with the way to get it and what can be done without it."""
+
+import pytest
+from azure.ai.ml import MLClient
+from azure.core.exceptions import HttpResponseError
+from azure.identity import DefaultAzureCredential
+from fake_azure import FakeAzure
+from scoring_script import load_script
+
+preflight = load_script("azureml/preflight.py")
+CPU, GPU = "Standard_F8s_v2", "Standard_NC4as_T4_v3"
+
+
+def look(machine: str = CPU, **azure) -> list:
+    with FakeAzure(**azure):
+        credential = DefaultAzureCredential()
+        client = MLClient(credential, "s", "group", "workspace", enable_telemetry=False, retry_total=0)
+        return preflight.preflight(client, credential, machine)
+
+
+def missing(checks: list) -> str:
+    assert all(check.ok is not None for check in checks)
+    return "\n".join(str(check) for check in checks if not check.ok)
+
+
+def test_all_is_there():
+    checks = look(quota={CPU: 32})
+    assert all(check.ok for check in checks)
+    assert "workspace in westeurope" in [check.what for check in checks]
+
+
+def test_a_new_subscription_with_little_quota():
+    """Enough for a deployment, not for two, nor for a batch job beside it; and nothing with a GPU."""
+    found = missing(look(quota={CPU: 24}))
+    assert "32 cores of FSv2 for a second one beside it, chapter 12" in found
+    assert "32 cores of FSv2 for a batch job" in found
+    assert "16 cores" not in found
+    assert "Free are 24 cores. Ask for 32 of FSv2" in found
+    assert missing(look(GPU, quota={CPU: 24})).count("Free are 0 cores") == 3
+
+
+def test_a_data_scientist_may_not_make_a_cluster():
+    """The role's notActions have computes/*/write; autoscale is another provider's."""
+    found = missing(look(role="AzureML Data Scientist"))
+    assert "chapter 16: MachineLearningServices" not in found
+    assert "chapter 16: workspaces/computes/write" in found
+    assert "chapter 14: autoscaleSettings/write" in found
+    assert found.count("MISSING") == 2
+    assert "Contributor" in found
+
+
+def test_what_the_roles_may_is_what_the_local_azure_lets_them_do():
+    for role, count in (("Reader", 6), ("Contributor", 0)):
+        assert missing(look(role=role)).count("your role") == count
+    with FakeAzure(role="Reader"):
+        client = MLClient(DefaultAzureCredential(), "s", "group", "w", enable_telemetry=False, retry_total=0)
+        with pytest.raises(HttpResponseError, match=r"AuthorizationFailed.*perform action '[^']*computes/delete'"):
+            client.compute.begin_delete("anything")
+
+
+def test_providers_that_are_not_registered():
+    found = missing(look(unregistered=("Microsoft.Cdn",)))
+    assert "az provider register --namespace Microsoft.Cdn" in found
+    assert found.count("MISSING") == 1
+
+
+def test_not_signed_in(monkeypatch):
+    with FakeAzure():
+        monkeypatch.setenv("AZURE_CLIENT_SECRET", "expired")
+        credential = DefaultAzureCredential()
+        client = MLClient(credential, "s", "group", "workspace", enable_telemetry=False, retry_total=0)
+        (check,) = preflight.preflight(client, credential, CPU)
+    assert not check.ok
+    assert "az login" in check.remedy
