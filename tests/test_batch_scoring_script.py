@@ -124,6 +124,8 @@ BAD = [
     (b'{"id": 1, "id": 2, "query": "a", "documents": ["b"]}', "RepeatedField", "two fields 'id'"),
     (line("bad", documents=["\ud800"]), "InvalidUnicode", "documents[0]"),
     (line("bad", query=" "), "OutOfRange", "query is empty"),
+    (line("bad", query="\u200b"), "OutOfRange", "query is empty, or has only characters"),
+    ({"id": "bad", "pairs": [["a", "b"], ["\u200b", "b"]]}, "OutOfRange", "pairs[1][0] is empty, or has only"),
     (line("bad", top_k=3), "UnknownField", "unknown field 'top_k': send top_n"),
     ({"id": "bad", "pairs": [["a", "b"]], "max_tokens_per_doc": 5}, "UnknownField", "'max_tokens_per_doc': the fields"),
     (line("bad", pairs=[["a", "b"]]), "UnknownField", "unknown field 'query': the fields are pairs, top_n"),

@@ -152,6 +152,12 @@ REFUSED = [
     (request_with(query=None), 400, "MissingField", "query is missing"),
     (request_with(query=1), 400, "WrongType", "query is a number, expected a string"),
     (request_with(query=" \n"), 422, "OutOfRange", "query is empty"),
+    (
+        request_with(query="\u200b"),
+        422,
+        "OutOfRange",
+        "query is empty, or has only characters that the tokenizer drops",
+    ),
     (request_with(documents="panda"), 400, "WrongType", "documents is a string, expected a list"),
     (request_with(documents=["panda", None]), 400, "WrongType", "documents[1] is null, expected a string or"),
     (request_with(documents=[{"content": "panda"}]), 400, "WrongType", "documents[0] is an object, expected a string"),
