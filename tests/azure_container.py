@@ -44,7 +44,7 @@ def batch(folder: Path) -> list[float]:
 
 
 if __name__ == "__main__":
-    for package in ("torch", "transformers", "azureml-inference-server-http", "azureml-core", "pandas"):
+    for package in ("torch", "transformers", "tokenizers", "azureml-inference-server-http", "azureml-core", "pandas"):
         print(f"{package:30} {version(package)}")
     with tempfile.TemporaryDirectory() as name:
         endpoint, job = online(Path(name)), batch(Path(name))

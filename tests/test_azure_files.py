@@ -37,7 +37,7 @@ def test_environment(name):
     # What batch jobs need: two packages by Microsoft's documentation, and pandas, which their engine imports.
     assert {packages.pop("azureml-core"), packages.pop("azureml-dataset-runtime[fuse]")}
     assert packages.pop("pandas").startswith("2.")
-    assert packages.keys() == {"torch", "transformers", "azureml-inference-server-http"}
+    assert packages.keys() == {"torch", "transformers", "tokenizers", "azureml-inference-server-http"}
     packages["torch"], _, build = packages["torch"].partition("+")
     assert build == ("cpu" if "cpu" in name else "cu126"), "without it pip would take another one from PyPI"
     requirements = pins((ROOT / "requirements.txt").read_text().splitlines())
