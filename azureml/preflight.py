@@ -1,6 +1,6 @@
-"""Before anything costs money: is all there that the notebook needs? It looks, and changes nothing.
+"""Before anything costs money: is everything there that the notebook needs?
 
-Numbers of chapters are those of BGE_Reranker_AzureML.ipynb.
+It only looks. Chapters are those of BGE_Reranker_AzureML.ipynb.
 """
 
 import math
