@@ -102,7 +102,8 @@ def model() -> Path:
 @pytest.fixture(scope="module")
 def server(model, tmp_path_factory):
     log = tmp_path_factory.mktemp("server") / "log.txt"
-    with InferenceServer(ROOT, ROOT / "azureml" / "score.py", model, {}, log) as server:
+    environment = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}  # as in online-deployment-cpu.yml
+    with InferenceServer(ROOT, ROOT / "azureml" / "score.py", model, environment, log) as server:
         yield server
 
 
