@@ -61,8 +61,9 @@ def quantise(
     """Quantise a model in place, for `run_packed`: what `load_reranker(dtype="int8")` does after loading.
 
     The encoder's linear layers become `QuantisedLinear`, one after the other, so that there are never two copies of the
-    weights; the head, layer norms and embeddings stay in float32. Layers that err by more than `LIMIT` stay too. What
-    stayed, and how far the logits of `TEXTS` moved, goes to the log.
+    weights; the head, layer norms and embeddings stay in float32, and so do layers that err by more than `LIMIT`. What
+    stayed, and how far the logits of `TEXTS` moved, goes to the log. (Transformers maps a model.safetensors in float32
+    into memory. Until the end its pages count as the process's, but the system takes them back when memory runs short.)
 
     Args:
         model: an XLM-RoBERTa in float32 on the CPU.
