@@ -1,7 +1,8 @@
 """What each trick of the engine gives, and where its time goes:
 python -m benchmarks.ablation [layers] [documents] [rounds]
 
-All in one process, in turn, by the wall clock. Each line of the first table leaves one thing out of the engine, or adds
+All in one process, in turn: by the wall clock, or with one thread (OMP_NUM_THREADS=1) in CPU seconds, which other
+programs disturb less. Each line of the first table leaves one thing out of the engine, or adds
 one that it does not have.
 """
 
@@ -18,8 +19,9 @@ import torch.nn.functional as F
 
 from benchmarks.compare import machine
 from benchmarks.workload import QUERY, build_model, texts
-from reranker_helpers import load_reranker, packed, score, scoring
+from reranker_helpers import load_reranker, packed, products, score, scoring
 
+now = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -29,7 +31,7 @@ def without_padding_only(*_):
 
 
 def route(chosen):
-    return patch.object(packed, "_route", lambda weight, bias: chosen)
+    return patch.object(products, "_route", lambda weight, bias: chosen)
 
 
 def whole_last_layer():
@@ -73,26 +75,37 @@ def budget(tokens):
     return patch.dict(scoring.BATCH_TOKENS, {"cpu": tokens, "packed": tokens})
 
 
+def route_seconds(model) -> float:
+    """Return what the first call spends on finding the fastest route for each shape of weights."""
+    parts = [part for part in model.modules() if isinstance(part, torch.nn.Linear)]
+    shapes = {part.weight.shape: part for part in parts}
+    begin = now()
+    for part in shapes.values():
+        products._faster_route(part.weight.detach(), part.bias.detach())
+    return now() - begin
+
+
 def profile(pairs, reranker) -> list[str]:
     """Return a table of the operations that take most of the time."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         score(pairs, *reranker)
     operations = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
     total = sum(event.self_cpu_time_total for event in operations)
-    rows = [f"| {event.key} | {event.self_cpu_time_total / total:.1%} |" for event in operations[:6]]
+    rows = [f"| {event.key} | {event.self_cpu_time_total / total:.1%} |" for event in operations[:9]]
     return ["| operation | share of the engine's time |", "|---|---|", *rows]
 
 
 def main() -> None:
     layers, count, rounds = (int(value) for value in [*sys.argv[1:], "4", "24", "3"][:3])
     model, note = build_model(layers)
-    reranker = load_reranker(model, device="cpu")
+    reranker, narrow = load_reranker(model, device="cpu"), load_reranker(model, device="cpu", dtype="int8")
     pairs = [(QUERY, text) for text in texts(reranker.tokenizer, count)]
     variants = {
         "the engine": contextlib.nullcontext,
+        "the engine in int8": contextlib.nullcontext,
         "padded, the model's own forward": without_padding_only,
         "torch's products only": lambda: route(F.linear),
-        "oneDNN's products only": lambda: route(packed._onednn_linear),
+        "oneDNN's products only": lambda: route(products._onednn_linear),
         "oneDNN's with prepacked weights": prepacked,
         "the last layer for all tokens": whole_last_layer,
         "GELU fused into oneDNN's product": fused_gelu,
@@ -107,22 +120,24 @@ def main() -> None:
     for _ in range(rounds):
         for name, variant in variants.items():
             with variant():
-                begin = time.perf_counter()
-                score(pairs, *reranker)
-                seconds[name].append(time.perf_counter() - begin)
+                begin = now()
+                score(pairs, *(narrow if name == "the engine in int8" else reranker))
+                seconds[name].append(now() - begin)
     found = machine("cpu")
     lines = [f"{note}; {count} documents, {rounds} rounds, {torch.get_num_threads()} threads of {found['processor']}"]
     lines += [f"({' '.join(found['instructions'])}), torch {torch.__version__}", ""]
     lines += ["| | time against the engine |", "|---|---|"]
     usual = statistics.median(seconds["the engine"])
     lines += [f"| {name} | {statistics.median(times) / usual:.2f} |" for name, times in seconds.items()]
-    routes = {str(tuple(q[1])): chosen.__name__ for q, chosen in packed._measured.items() if q[0] == "route"}
+    routes = {str(tuple(q[1])): chosen.__name__ for q, chosen in products._measured.items() if q[0] == "route"}
     lines += [
         "",
         f"The budget of {scoring.BATCH_TOKENS['packed']} is the engine once more: its distance from 1 is the noise.",
     ]
     lines += ["", f"routes that were measured as faster: {json.dumps(routes)}"]
-    lines += ["", *profile(pairs, reranker)]
+    first, whole = route_seconds(reranker.model), usual / count * 100 * 24 / layers
+    lines += ["", f"Finding them took {first:.2f} s, {first / whole:.1%} of what 100 documents take with 24 layers."]
+    lines += ["", *profile(pairs, reranker), "", "The same in int8:", "", *profile(pairs, narrow)]
     assert score(pairs[:4], *reranker) == expected
     (RESULTS / "ablation.md").write_text("\n".join(["# ablation", "", *lines]) + "\n")
     print("\n".join(lines))

@@ -179,10 +179,13 @@ def side_by_side(
             if worker is measure:
                 peaks.append(measure.matmul_peak())
         peak = statistics.median(peaks)
-        reference = next((worker.runs[0]["scores"] for worker in workers if worker.name == "plain"), None)
+        scores = {worker.name: worker.runs[0]["scores"] for worker in workers if worker.runs}
+        against = next((name for name in ("plain", "rerank") if name in scores), None)
+        reference = scores.get(against)
         yield {
             "variants": {worker.name: summary(worker, documents, usual, needed, peak, reference) for worker in workers},
             "matmul_peak_gflops": peak,
+            "reference": against,
             "gflop_needed": needed,
         }
     for worker in workers:

@@ -24,7 +24,7 @@ def write(path: Path) -> None:
 
 def render(result: dict, name: str) -> str:
     """Return the whole Markdown file."""
-    lines = [f"# {name}", "", *_settings(result)]
+    lines = [f"# {name}{result.get('title', '')}", "", *_settings(result)]
     if result["variants"]:
         lines += ["", *table(result), "", *_legend(result)]
     if "scaling" in result:
@@ -84,7 +84,7 @@ def _legend(result: dict) -> list[str]:
         f"included. Share of peak: {result['gflop_needed']:.0f} GFLOP that the scores need (real tokens only, of the "
         "last layer the first token only), in the time taken, against the fastest matrix product measured in the same "
         f"run, {result['matmul_peak_gflops']:.0f} GFLOP/s in {result['dtype']}. Differences and Kendall's tau are "
-        "against plain."
+        f"against {result.get('reference', 'plain')}."
     ]
     failed = {name: v["error"] for name, v in result["variants"].items() if "error" in v}
     return lines + [f"- {name} could not be run: {reason}" for name, reason in failed.items()]

@@ -40,6 +40,37 @@ def rerank(model_name: str, device: str, dtype: str) -> Scorer:
     return run
 
 
+def rerank_int8_then_float32(model_name: str, device: str, dtype: str) -> Scorer:
+    """The recipe of the Local notebook's chapter on speed, for the top 10."""
+    from reranker_helpers import load_reranker, score
+
+    exact = load_reranker(model_name, device=device)
+    fast = load_reranker(model_name, device=device, dtype="int8")
+
+    def run(query: str, documents: list[str]) -> list[float]:
+        pairs = [(query, document) for document in documents]
+        return list(top_n_in_float32(pairs, 10, lambda pairs: score(pairs, *fast), lambda pairs: score(pairs, *exact)))
+
+    return run
+
+
+def top_n_in_float32(pairs, top_n: int, fast, exact) -> list[float]:
+    """Return logits whose best `top_n` are those of float32, if no logit moved by more than the largest move seen."""
+    logits = fast(pairs)
+    order = sorted(range(len(pairs)), key=lambda place: -logits[place])
+    done, moved = 0, 0.0
+    border = logits[order[min(top_n, len(pairs)) - 1]]
+    wanted = top_n
+    while done < wanted:
+        places = order[done:wanted]
+        for place, logit in zip(places, exact([pairs[place] for place in places]), strict=True):
+            moved = max(moved, abs(logit - logits[place]))
+            logits[place] = logit
+        done = wanted
+        wanted = max(done, sum(logits[place] > border - 2 * moved for place in order[done:]) + done)
+    return logits
+
+
 def cross_encoder(model_name: str, device: str, dtype: str, backend: str = "torch", **options) -> Scorer:
     """sentence-transformers. Its default batch size is 32, and it sorts by length."""
     import torch
@@ -93,10 +124,31 @@ def openvino(model_name: str, device: str, dtype: str) -> Scorer:
     return cross_encoder(folder, device, dtype, "openvino", ov_config={"INFERENCE_PRECISION_HINT": "f32"})
 
 
+def openvino_auto(model_name: str, device: str, dtype: str) -> Scorer:
+    """OpenVINO in the precision that it chooses, which is bfloat16 where the processor has units for it."""
+    return cross_encoder(exported(model_name, "openvino"), device, dtype, "openvino", ov_config={})
+
+
 def openvino_int8(model_name: str, device: str, dtype: str) -> Scorer:
     """OpenVINO with weights in 8 bits, and activations as it chooses."""
     folder = exported(model_name, "openvino", suffix="-int8", load_in_8bit=True)
     return cross_encoder(folder, device, dtype, "openvino", ov_config={})
+
+
+def rerank_openvino_int8(model_name: str, device: str, dtype: str) -> Scorer:
+    """`rerank` over the model of "OpenVINO int8": its batches, sorted by length within a budget of tokens."""
+    from sentence_transformers import CrossEncoder
+
+    from reranker_helpers import rerank
+
+    folder = exported(model_name, "openvino", suffix="-int8", load_in_8bit=True)
+    encoder = CrossEncoder(folder, device="cpu", backend="openvino", model_kwargs={"ov_config": {}})
+
+    def run(query: str, documents: list[str]) -> list[float]:
+        results = rerank(query, documents, encoder.model, encoder.tokenizer, "cpu")
+        return [result.score for result in sorted(results, key=lambda result: result.index)]
+
+    return run
 
 
 def onnx(model_name: str, device: str, dtype: str) -> Scorer:
@@ -142,6 +194,11 @@ VARIANTS: dict[str, tuple[Callable[[str, str, str], Scorer], str | None, str]] =
     "OpenVINO": (openvino, None, "backends"),
     "ONNX Runtime": (onnx, None, "backends"),
     "rerank bfloat16": (rerank, "bfloat16", "main"),
+    "rerank int8": (rerank, "int8", "main"),
+    "rerank int8 then float32": (rerank_int8_then_float32, None, "main"),
+    "CrossEncoder bfloat16": (cross_encoder, "bfloat16", "main"),
+    "OpenVINO auto": (openvino_auto, None, "backends"),
+    "rerank over OpenVINO int8": (rerank_openvino_int8, None, "backends"),
     "OpenVINO int8": (openvino_int8, None, "backends"),
     "ONNX Runtime int8": (onnx_int8, None, "backends"),
 }

@@ -11,6 +11,7 @@ import transformers
 
 from .completeness import cached_folder, check_complete, unreadable_files
 from .hub import hub_status
+from .quantised import quantise, refuse_int8
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,7 +44,8 @@ def load_reranker(
         device: "cpu", "cuda", "cuda:1", "mps" or a `torch.device`. Default: CUDA if there is any, else the CPU.
             MPS is used only when asked for: hangs and leaks are reported for this model on it.
         dtype: "float32", "float16", "bfloat16", "float64" or the `torch.dtype`. Default: float16 on CUDA, float32
-            elsewhere.
+            elsewhere. "int8" is for XLM-RoBERTa on a CPU: the weights are quantised as they are loaded, and scores
+            differ from those in float32 (`quantised.py` says how).
         revision: branch, tag or commit on the hub. Default: the newest.
 
     Returns:
@@ -54,19 +56,21 @@ def load_reranker(
             be read; the weights lack something that the model needs, or hold layers that it does not have; or the
             tokenizer is not the model's. The message names it.
         TypeError: the tokenizer is no fast one.
-        ValueError: the model has not exactly one label, or `dtype` is none that a model computes in.
+        ValueError: the model has not exactly one label, or `dtype` is none that it computes in on this device.
         RuntimeError: the device asked for is not there.
     """
     model_name = os.fspath(model_name)
     device, device_reason = _choose_device(device)
-    dtype, dtype_reason = _choose_dtype(dtype, device)
+    int8 = dtype in ("int8", torch.int8)  # the weights are loaded in float32 then, and quantised one by one
+    dtype, dtype_reason = _choose_dtype("float32" if int8 else dtype, device)
     # Without a way to the hub, the libraries below would retry for half a minute.
     local = os.path.isdir(model_name) or hub_status(model_name, revision) is None
     source = {"pretrained_model_name_or_path": model_name, "revision": revision, "local_files_only": local}
     try:
         # The config first: a model that cannot rerank is refused before its weights are downloaded.
         config = transformers.AutoConfig.from_pretrained(**source)
-        if config.num_labels == 1:
+        refused = refuse_int8(config, device) if int8 else None
+        if config.num_labels == 1 and not refused:
             tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
             model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
                 **source,
@@ -84,8 +88,14 @@ def load_reranker(
             f"{model_name} has {config.num_labels} labels, expected 1: it is no reranker with one logit a pair, as "
             f"{MODEL_NAME} is"
         )
+    if refused:
+        raise ValueError(refused)
     check_complete(model_name, model, tokenizer, report)
-    logger.info("%s on %s (%s) in %s (%s)", model_name, device, device_reason, dtype, dtype_reason)
+    if int8:
+        quantise(
+            model.eval(), tokenizer, model_name if os.path.isdir(model_name) else cached_folder(model_name, revision)
+        )
+    logger.info("%s on %s (%s) in %s (%s)", model_name, device, device_reason, "int8" if int8 else dtype, dtype_reason)
     return Reranker(model.eval().to(device), tokenizer, device)
 
 
@@ -112,7 +122,7 @@ def _choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> tupl
         return torch.float32, f"the default on {device.type}: exact"
     chosen = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if chosen not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise ValueError(f"dtype is {dtype!r}, expected 'float32', 'float16', 'bfloat16' or 'float64'")
+        raise ValueError(f"dtype is {dtype!r}, expected 'float32', 'float16', 'bfloat16', 'float64' or 'int8'")
     return chosen, "asked for"
 
 

@@ -13,10 +13,6 @@ computed. The model itself is not touched: this file reads its weights and calls
 
 from __future__ import annotations
 
-import math
-import os
-import threading
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -25,6 +21,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
+from .products import linear, measure_once, seconds
 from .tokenising import Window
 
 if TYPE_CHECKING:
@@ -33,26 +30,19 @@ if TYPE_CHECKING:
 SLICE = 512
 """Tokens that the feed-forward part takes at a time: its inner vectors are four times as wide as the others."""
 
-_PLAIN_MODULES = ("torch.nn.modules.", "transformers.models.xlm_roberta.", "transformers.activations")
-
-# What was measured, by what can change the answer. Under the lock, so that threads don't disturb each other's clocks.
-_measured: dict[tuple, object] = {}
-_measuring = threading.Lock()
-
-
-def _renew_lock() -> None:
-    global _measuring
-    _measuring = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)  # as in tokenising.py
+_PLAIN_MODULES = (
+    "torch.nn.modules.",
+    "transformers.models.xlm_roberta.",
+    "transformers.activations",
+    f"{__package__}.int8",
+)
 
 
 def can_pack(model: object, device: torch.device) -> bool:
     """Whether `run_packed` computes what `model` would: an XLM-RoBERTa on a CPU that nobody has changed.
 
-    Hooks, adapters, quantised or compiled parts, autocast and other attention functions take the model's own way.
+    Hooks, adapters, autocast, compiled parts, other attention functions and parts that another library quantised take
+    the model's own way.
     """
     if type(model) is not transformers.XLMRobertaForSequenceClassification or device.type != "cpu":
         return False
@@ -125,8 +115,10 @@ def _look(attention, readers: Tensor, tokens: Tensor, reader_lengths: list[int],
         split = rows.view(len(rows), attention.num_attention_heads, -1).transpose(0, 1)
         return split[None].split(lengths, dim=2)  # for each text (1, heads, rows, size of a head)
 
-    seen = _linear(readers, attention.query)
-    keys, values = _linear(tokens, attention.key), _linear(tokens, attention.value)
+    if readers is tokens:
+        seen, keys, values = _linears(tokens, attention.query, attention.key, attention.value)
+    else:
+        (seen,), (keys, values) = _linears(readers, attention.query), _linears(tokens, attention.key, attention.value)
     texts = zip(heads(seen, reader_lengths), heads(keys, lengths), heads(values, lengths), strict=True)
     for query, key, value in texts:
         query.copy_(F.scaled_dot_product_attention(query, key, value))  # in its place, which saves memory
@@ -146,42 +138,22 @@ def _norm(rows: Tensor, part: torch.nn.LayerNorm) -> Tensor:
     return F.layer_norm(rows, part.normalized_shape, part.weight.to(rows), part.bias.to(rows), part.eps)
 
 
-def _linear(rows: Tensor, part: torch.nn.Linear) -> Tensor:
-    # `.to` is free where the weights are of the rows' type already.
-    weight, bias = part.weight.to(rows), part.bias.to(rows)
-    return _route(weight, bias)(rows, weight, bias)
+def _linear(rows: Tensor, part: torch.nn.Module) -> Tensor:
+    return _linears(rows, part)[0]
 
 
-def _onednn_linear(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The product that torch.compile's generated code calls. Unlike `set_float32_matmul_precision` it changes nothing
-    global, and in its default state it never rounds to bfloat16: torch sets oneDNN's `fpmath_mode` only on request."""
-    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
-
-
-def _route(weight: Tensor, bias: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Choose between torch's own product (MKL in float32) and oneDNN's, by measuring both once for each shape.
-
-    MKL reaches half of what oneDNN does on AMD processors with AVX-512, and 10 to 20 % more on those with AVX2 only.
-    """
-    if weight.dtype != torch.float32:
-        return F.linear
-    return _measure_once(("route", weight.shape), lambda: _faster_route(weight, bias))
-
-
-def _faster_route(weight: Tensor, bias: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    if not torch.backends.mkldnn.enabled:
-        return F.linear
-    rows = torch.randn(512, weight.shape[1], generator=torch.Generator().manual_seed(0))  # as many as a batch has
-    try:
-        exact = F.linear(rows[:16].double(), weight.double(), bias.double())
-        error = (_onednn_linear(rows, weight, bias)[:16] - exact).abs().max() / exact.abs().max()
-    except (AttributeError, RuntimeError):  # a build of torch without oneDNN, or a processor it does not know
-        return F.linear
-    # Measured, not assumed: float32 is wrong by about 1e-6 here, TensorFloat32 by 3e-4, bfloat16 by 3e-3.
-    if not error < 2e-5:
-        return F.linear
-    ours, torchs = _seconds(lambda: _onednn_linear(rows, weight, bias), lambda: F.linear(rows, weight, bias))
-    return _onednn_linear if ours < 0.95 * torchs else F.linear
+def _linears(rows: Tensor, *parts: torch.nn.Module) -> list[Tensor]:
+    """Return the products of the same rows with several layers. Those of `int8.py` share the rows in int8."""
+    results, shared = [], {}
+    for part in parts:
+        if isinstance(part, torch.nn.Linear):
+            # `.to` is free where the weights are of the rows' type already.
+            results.append(linear(rows, part.weight.to(rows), part.bias.to(rows)))
+        else:
+            if part.grid not in shared:
+                shared[part.grid] = part.grid(rows)
+            results.append(part.product(shared[part.grid]))
+    return results
 
 
 def _arithmetic(model: XLMRobertaForSequenceClassification) -> torch.dtype:
@@ -192,7 +164,7 @@ def _arithmetic(model: XLMRobertaForSequenceClassification) -> torch.dtype:
     """
     if model.dtype == torch.float32:
         return torch.float32
-    return _measure_once((model.dtype, model.config.intermediate_size), lambda: _faster_type(model))
+    return measure_once((model.dtype, model.config.intermediate_size), lambda: _faster_type(model))
 
 
 def _faster_type(model: XLMRobertaForSequenceClassification) -> torch.dtype:
@@ -202,28 +174,5 @@ def _faster_type(model: XLMRobertaForSequenceClassification) -> torch.dtype:
         rows = torch.ones(128, part.in_features, dtype=dtype)
         return lambda: F.linear(rows, part.weight.to(dtype), part.bias.to(dtype))
 
-    own, wide = _seconds(product(model.dtype), product(torch.float32))
+    own, wide = seconds(product(model.dtype), product(torch.float32))
     return model.dtype if own < wide else torch.float32
-
-
-def _measure_once(question: tuple, measure: Callable[[], object]):
-    # The number of threads and torch's settings can change while the program runs, and with them the answer.
-    onednn = torch.backends.mkldnn
-    precision = onednn.matmul.fp32_precision if hasattr(onednn, "matmul") else torch.get_float32_matmul_precision()
-    question = (*question, torch.get_num_threads(), onednn.enabled, precision)
-    with _measuring:
-        if question not in _measured:
-            _measured[question] = measure()
-        return _measured[question]
-
-
-def _seconds(*works: Callable[[], object]) -> list[float]:
-    """Return the shortest of a few runs of each, in seconds, all in turn: the first run also prepares things, and what
-    else the machine does disturbs one or the other."""
-    shortest = [math.inf] * len(works)
-    for _ in range(4):
-        for i, work in enumerate(works):
-            begin = time.perf_counter()
-            work()
-            shortest[i] = min(shortest[i], time.perf_counter() - begin)
-    return shortest

@@ -13,10 +13,10 @@ import transformers
 from test_scoring import QUERY, WORDS, random_documents
 from tiny import plain_score
 
-from reranker_helpers import packed, padded, score, scoring, tokenising
+from reranker_helpers import packed, padded, products, score, scoring, tokenising
 
 CPU = torch.device("cpu")
-ROUTES = {"torch": F.linear, "onednn": packed._onednn_linear}
+ROUTES = {"torch": F.linear, "onednn": products._onednn_linear}
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def plain(tiny, texts, **options):
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("seed", range(3))
 def test_scores_are_those_of_the_plain_loop(tiny, packs, monkeypatch, route, seed):
-    monkeypatch.setattr(packed, "_route", lambda weight, bias: ROUTES[route])
+    monkeypatch.setattr(products, "_route", lambda weight, bias: ROUTES[route])
     monkeypatch.setattr(packed, "SLICE", [1024, 100, 1][seed])
     texts = [*random_documents(seed), "", "panda"]
     logits = score([(QUERY, text) for text in texts], *tiny, batch_tokens=[512, 1, 100_000][seed])
@@ -91,7 +91,7 @@ def test_half_precision(tiny, packs, monkeypatch, dtype, arithmetic):
 
 def test_sixteen_threads(tiny):
     """The measurements of a first call are shared by all threads."""
-    packed._measured.clear()
+    products._measured.clear()
     texts = random_documents(6)
     expected = plain(tiny, texts)
     start = threading.Barrier(16)
@@ -119,7 +119,7 @@ def settings():
 
 
 def test_no_setting_and_no_weight_is_changed(tiny):
-    packed._measured.clear()
+    products._measured.clear()
     before = settings()
     weights = {name: weight.clone() for name, weight in tiny.model.state_dict().items()}
     modules = [(name, id(module), dict(vars(module))) for name, module in tiny.model.named_modules()]
@@ -148,40 +148,40 @@ def rounded(dtype):
 @pytest.mark.parametrize("route", [rounded(torch.bfloat16), rounded(torch.float16), lambda *_: torch.ops.no.such_op()])
 def test_a_route_that_rounds_or_fails_is_never_taken(monkeypatch, route):
     """Intel's AMX can multiply float32 as bfloat16; whatever decides about that, what counts is the result."""
-    monkeypatch.setattr(packed, "_onednn_linear", route)
-    monkeypatch.setattr(packed, "_seconds", lambda *works: [1.0, 2.0])  # it looks twice as fast
+    monkeypatch.setattr(products, "_onednn_linear", route)
+    monkeypatch.setattr(products, "seconds", lambda *works: [1.0, 2.0])  # it looks twice as fast
     weight = torch.randn(256, 128, generator=torch.Generator().manual_seed(1))
-    assert packed._faster_route(weight, torch.zeros(256)) is F.linear
+    assert products._faster_route(weight, torch.zeros(256)) is F.linear
 
 
 def test_the_faster_of_two_exact_routes_is_taken(monkeypatch):
     weight = torch.randn(256, 128, generator=torch.Generator().manual_seed(1))
-    monkeypatch.setattr(packed, "_seconds", lambda *works: [2.0, 1.0])
-    assert packed._faster_route(weight, torch.zeros(256)) is F.linear
-    monkeypatch.setattr(packed, "_seconds", lambda *works: [1.0, 2.0])
-    assert packed._faster_route(weight, torch.zeros(256)) is packed._onednn_linear
+    monkeypatch.setattr(products, "seconds", lambda *works: [2.0, 1.0])
+    assert products._faster_route(weight, torch.zeros(256)) is F.linear
+    monkeypatch.setattr(products, "seconds", lambda *works: [1.0, 2.0])
+    assert products._faster_route(weight, torch.zeros(256)) is products._onednn_linear
     with torch.backends.mkldnn.flags(enabled=False):
-        assert packed._faster_route(weight, torch.zeros(256)) is F.linear
+        assert products._faster_route(weight, torch.zeros(256)) is F.linear
 
 
 def test_onednn_is_as_exact_as_float32_can_be():
     generator = torch.Generator().manual_seed(2)
     rows, weight, bias = (torch.randn(size, generator=generator) for size in [(64, 1024), (512, 1024), (512,)])
     exact = F.linear(rows.double(), weight.double(), bias.double())
-    error = (packed._onednn_linear(rows, weight, bias) - exact).abs().max() / exact.abs().max()
+    error = (products._onednn_linear(rows, weight, bias) - exact).abs().max() / exact.abs().max()
     assert error < 1e-5
 
 
 def test_a_setting_of_the_user_is_measured_anew(tiny):
     score([(QUERY, "panda")], *tiny)
-    count = len(packed._measured)
+    count = len(products._measured)
     torch.set_float32_matmul_precision("medium")
     try:
         score([(QUERY, "panda")], *tiny)
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")
-    assert len(packed._measured) > count
+    assert len(products._measured) > count
 
 
 class Subclass(transformers.XLMRobertaForSequenceClassification):

@@ -1,0 +1,139 @@
+"""A linear layer in int8: how rows are rounded, token by token, and how the product is computed exactly."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .products import linear, measure_once, seconds
+
+
+class _Rounded(NamedTuple):
+    """Rows on their way into a product: `values * step + low` is about what they were."""
+
+    values: Tensor
+    step: Tensor | None
+    low: Tensor | None
+
+
+class Grid(torch.nn.Module):
+    """How the inputs of one layer, or of several that read the same rows, are moved, stretched and rounded.
+
+    `levels` is how many steps there are from the lowest to the highest value of a token: 255, or 127 where a
+    processor's products of 8 bits overflow, or None where they are of no use and nothing is rounded.
+    """
+
+    def __init__(self, shift: Tensor, stretch: Tensor, levels: int | None, one_sided: bool):
+        super().__init__()
+        self.factor, self.offset = 1 / stretch, -shift / stretch
+        self.levels, self.one_sided = levels, one_sided
+
+    def forward(self, rows: Tensor) -> _Rounded:
+        rows = torch.addcmul(self.offset, rows, self.factor)
+        if self.levels is None:
+            return _Rounded(rows, None, None)
+        if self.one_sided:
+            low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
+            step = ((high - low) / self.levels).clamp_min_(1e-30)
+        else:
+            step = (rows.abs().amax(1, keepdim=True) / (self.levels // 2)).clamp_min_(1e-30)
+            low = step * -(self.levels // 2 + 1)
+        # Conversion cuts off, so that adding a half rounds. NaN stays NaN by way of `step`.
+        values = torch.addcmul(0.5 - low / step, rows, 1 / step).to(torch.uint8)
+        return _Rounded(values, step, low if self.one_sided else None)
+
+
+class QuantisedLinear(torch.nn.Module):
+    """A linear layer of int8 weights, shape (outputs, inputs), in the place of a `torch.nn.Linear`.
+
+    >>> layer = QuantisedLinear(linear, Grid(shift, stretch, levels=255, one_sided=False))
+    >>> torch.allclose(layer(rows), linear(rows), atol=0.05)
+    True
+    """
+
+    def __init__(self, source: torch.nn.Linear, grid: Grid):
+        super().__init__()
+        self.bias = torch.addmv(source.bias.detach(), source.weight.detach(), -grid.offset / grid.factor)
+        weight = source.weight.detach() / grid.factor  # one copy of a layer, then changed in its place
+        self.scale = (torch.maximum(weight.amax(1), -weight.amin(1)) / 127).clamp_min_(1e-30)
+        self.sums = weight.div_(self.scale[:, None]).round_().sum(1) * self.scale
+        self.weight = weight.to(torch.int8)
+        self.grid = grid
+        if grid.levels is not None:
+            self.zeros = torch.zeros(len(weight), dtype=torch.int32)
+            self.low = None if grid.one_sided else self.sums * -(grid.levels // 2 + 1)
+            self.weight = torch.ops.onednn.qlinear_prepack(self.weight, None)  # in oneDNN's own order
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Return (..., outputs) for rows (..., inputs), in float32."""
+        result = self.product(self.grid(rows.reshape(-1, rows.shape[-1]).float()))
+        return result.view(*rows.shape[:-1], -1).to(rows)
+
+    def product(self, rows: _Rounded) -> Tensor:
+        """Like `forward`, for rows that `grid` has rounded."""
+        if rows.step is None:
+            return linear(rows.values, self.weight.float().mul_(self.scale[:, None]), self.bias)
+        result = _int8_linear(rows.values, self.weight, self.scale, self.zeros, self.low)
+        if rows.low is None:
+            return torch.addcmul(self.bias, result, rows.step, out=result)
+        return torch.addcmul(self.bias, rows.low, self.sums).addcmul_(result, rows.step)
+
+    def _apply(self, fn, recurse=True):
+        probe = fn(torch.empty(0))
+        if probe.device.type != "cpu" or probe.dtype != torch.float32:
+            raise TypeError("an int8 model stays on the CPU: load it again with the device and dtype that you want")
+        return self
+
+    def _save_to_state_dict(self, *_):
+        raise TypeError("an int8 model is made when it is loaded and cannot be saved: save the one it was made from")
+
+
+def _int8_linear(rows: Tensor, weight: Tensor, scale: Tensor, zeros: Tensor, bias: Tensor | None) -> Tensor:
+    """Return `(rows @ weight.T) * scale + bias` in float32: rows uint8, weight int8 from `qlinear_prepack`.
+
+    The op behind PyTorch's own int8 (torch.ao's x86 backend), in torch since 2.3; it has no public name.
+    """
+    return torch.ops.onednn.qlinear_pointwise(
+        rows, 1.0, 0, weight, scale, zeros, bias, 1.0, 0, torch.float32, "none", [], ""
+    )
+
+
+def levels_for(outputs: int, inputs: int) -> int | None:
+    """Return how many levels a token is rounded to for weights of this shape, None where int8 is of no use here."""
+    return measure_once(("int8", outputs, inputs), lambda: _measured_levels(outputs, inputs))
+
+
+def _measured_levels(outputs: int, inputs: int) -> int | None:
+    """Return the number of levels with which int8 products are exact and faster than float32 here, None without any.
+
+    Processors without VNNI add pairs of products in 16 bits, which overflow with 8 bits on one side and 7 on the
+    other, silently; with 7 on both they don't.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(-127, 128, (outputs, inputs), generator=generator).to(torch.int8)
+    weight[: outputs // 2] = 127
+    rows = torch.randint(127, 256, (256, inputs), generator=generator).to(torch.uint8)
+    scale, zeros, bias = torch.ones(outputs), torch.zeros(outputs, dtype=torch.int32), torch.zeros(outputs)
+    try:
+        ready = torch.ops.onednn.qlinear_prepack(weight, None)
+        exact = (_is_exact(rows // (256 // (levels + 1)), ready, weight) for levels in (255, 127))
+        levels = next((levels for levels, fits in zip((255, 127), exact, strict=True) if fits), None)
+    except (AttributeError, RuntimeError):  # a build of torch without oneDNN, or a processor it does not know
+        return None
+    if levels is None:
+        return None
+    grid = Grid(torch.zeros(inputs), torch.ones(inputs), levels, one_sided=False)
+    floats, wide = torch.ones(256, inputs), weight.float()
+    narrow, full = seconds(
+        lambda: _int8_linear(grid(floats).values, ready, scale, zeros, bias), lambda: linear(floats, wide, bias)
+    )
+    return levels if narrow < 0.95 * full else None
+
+
+def _is_exact(rows: Tensor, ready: Tensor, weight: Tensor) -> bool:
+    ones, zeros = torch.ones(len(weight)), torch.zeros(len(weight), dtype=torch.int32)
+    exact = rows[:8].double() @ weight.double().T
+    result = _int8_linear(rows, ready, ones, zeros, None)[:8]
+    return bool(((result - exact).abs() <= exact.abs() * 1e-7).all())  # float32 itself rounds by 6e-8

@@ -1,0 +1,262 @@
+"""int8 on a CPU: the ranking of float32 at less cost, and an error or float32 wherever that cannot be had."""
+
+import logging
+import random
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import transformers
+from test_scoring import QUERY, random_documents
+from tiny import make_model, make_tokenizer
+
+from benchmarks.compare import kendall_tau
+from reranker_helpers import int8, load_reranker, packed, products, quantised, score, scoring
+
+CPU = torch.device("cpu")
+PAIRS = [(QUERY, text) for text in random_documents(0)]
+
+
+@pytest.fixture(autouse=True)
+def measured_anew():
+    products._measured.clear()
+    yield
+    products._measured.clear()
+
+
+@pytest.fixture(params=[255, 127, None], ids=["8 bits", "7 bits", "widened"])
+def levels(request, monkeypatch):
+    """What is found on processors with VNNI, on older ones, and where int8 is of no use."""
+    monkeypatch.setattr(int8, "_measured_levels", lambda *_: request.param)
+    return request.param
+
+
+def linears(model):
+    return {name: part for name, part in model.named_modules() if isinstance(part, int8.QuantisedLinear)}
+
+
+def test_scores_are_near_those_of_float32(tiny, tiny_folder, levels):
+    reranker = load_reranker(tiny_folder, device="cpu", dtype="int8")
+    exact, near = score(PAIRS, *tiny), score(PAIRS, *reranker)
+    tolerance = 0.3 if levels == 127 else 0.15
+    assert near == pytest.approx(exact, abs=tolerance * torch.tensor(exact).std().item())
+    assert kendall_tau(near, exact) > 0.9
+    assert exact != near
+    assert len(linears(reranker.model)) == 2 * 6
+    assert {part.grid.levels for part in linears(reranker.model).values()} == {levels}
+
+
+def test_the_packed_way_and_the_models_own_agree(tiny_folder, levels, monkeypatch):
+    """Someone's hook sends the model its own way: the layers are the same."""
+    reranker = load_reranker(tiny_folder, device="cpu", dtype="int8")
+    assert packed.can_pack(reranker.model, CPU)
+    near = score(PAIRS, *reranker)
+    monkeypatch.setattr(scoring, "can_pack", lambda *_: False)
+    assert score(PAIRS, *reranker) == pytest.approx(near, abs=0.02)
+
+
+def test_a_score_depends_neither_on_the_batch_nor_on_the_order(tiny_folder):
+    reranker = load_reranker(tiny_folder, device="cpu", dtype="int8")
+    together = dict(zip(PAIRS, score(PAIRS, *reranker), strict=True))
+    shuffled = random.Random(1).sample(PAIRS, len(PAIRS))
+    assert score(shuffled, *reranker) == [together[pair] for pair in shuffled]
+    for budget in (1, 100, 100_000):
+        again = score(PAIRS, *reranker, batch_tokens=budget)
+        assert again == pytest.approx(list(together.values()), abs=1e-4)
+
+
+def test_threads(tiny_folder):
+    reranker = load_reranker(tiny_folder, device="cpu", dtype="int8")
+    expected = score(PAIRS, *reranker)
+    with ThreadPoolExecutor(8) as pool:
+        assert all(logits == expected for logits in pool.map(lambda _: score(PAIRS, *reranker), range(8)))
+
+
+def test_loading_twice_gives_the_same_and_leaves_the_folder_alone(tiny_folder):
+    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in tiny_folder.iterdir()}
+    first, second = (score(PAIRS, *load_reranker(tiny_folder, device="cpu", dtype="int8")) for _ in range(2))
+    assert first == second
+    assert before == {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in tiny_folder.iterdir()}
+
+
+def test_int8_is_never_the_default(tiny_folder):
+    assert not linears(load_reranker(tiny_folder, device="cpu").model)
+
+
+def random_layer(inputs=256, outputs=128):
+    torch.manual_seed(0)
+    return torch.nn.Linear(inputs, outputs).requires_grad_(False)
+
+
+def error_of(part, source, rows):
+    return quantised._error(part(rows), source(rows))
+
+
+def test_inputs_far_from_zero_and_inputs_much_larger_than_others_cost_little():
+    """XLM-RoBERTa's hidden states have both: without moving and stretching them int8 ranks the first stand-in at
+    random (Kendall's tau .18 against float32)."""
+    source, rows = random_layer(), torch.randn(300, 256)
+    rows[:, 3] += 100
+    rows[:, 7] *= 50
+    plain = int8.QuantisedLinear(source, int8.Grid(torch.zeros(256), torch.ones(256), 255, False))
+    (ours,) = quantised._quantised([source], rows, one_sided=False)
+    assert error_of(plain, source, rows) > 0.05
+    assert error_of(ours, source, rows) < 0.02
+
+
+def test_a_layer_that_errs_too_much_stays_as_it_is(tiny_folder, tmp_path, caplog):
+    """Its outputs differ by what two large inputs, each different for each token, leave of one another."""
+    tokenizer = make_tokenizer()
+    model = make_model(len(tokenizer))
+    query = model.roberta.encoder.layer[0].attention.self.query
+    with torch.no_grad():
+        values = model.roberta.encoder.layer[0].attention.self.value
+        values.weight[:] = 1000 * torch.ones(32) + 1e-3 * torch.randn(32, 32)  # layer norm's outputs sum to a constant
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    caplog.set_level(logging.INFO, "reranker_helpers")
+    reranker = load_reranker(tmp_path, device="cpu", dtype="int8")
+    kept = reranker.model.roberta.encoder.layer[0].attention.self.value
+    assert type(kept) is torch.nn.Linear
+    assert torch.equal(kept.weight, values.weight)
+    assert "in float32 stay layer.0.attention.self.value;" in caplog.text
+    assert isinstance(reranker.model.roberta.encoder.layer[0].attention.self.query, int8.QuantisedLinear)
+    assert query.weight.shape == (32, 32)
+
+
+def test_products_that_overflow_are_never_used(monkeypatch):
+    """AVX2 without VNNI adds pairs of products in 16 bits. What counts is the result."""
+    true = int8._int8_linear
+
+    def saturated(rows, weight, scale, zeros, bias):
+        result = true(rows, weight, scale, zeros, bias)
+        return result.clamp(max=1e6) if rows.max() > 127 else result
+
+    monkeypatch.setattr(int8, "seconds", lambda *_: [1.0, 2.0])
+    assert int8._measured_levels(128, 256) == 255
+    monkeypatch.setattr(int8, "_int8_linear", saturated)
+    assert int8._measured_levels(128, 256) == 127
+    monkeypatch.setattr(int8, "_int8_linear", lambda *arguments: true(*arguments) * 1.001)
+    assert int8._measured_levels(128, 256) is None
+
+
+def test_products_that_are_slower_or_missing_are_not_used(monkeypatch):
+    monkeypatch.setattr(int8, "seconds", lambda *_: [2.0, 1.0])
+    assert int8._measured_levels(128, 256) is None
+    monkeypatch.setattr(int8, "_int8_linear", lambda *_: torch.ops.no.such_op())
+    assert int8._measured_levels(128, 256) is None
+
+
+def test_seven_bits_are_exact_on_any_processor():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(64, 128, (40, 1024), generator=generator).to(torch.uint8)
+    weight = torch.randint(-127, 128, (64, 1024), generator=generator).to(torch.int8)
+    weight[:32] = 127
+    ready = torch.ops.onednn.qlinear_prepack(weight, None)
+    found = int8._int8_linear(rows, ready, torch.ones(64), torch.zeros(64, dtype=torch.int32), None)
+    assert torch.equal(found.long(), rows.long() @ weight.long().T)  # below 2 ** 24, so exact in float32 too
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_and_infinity_are_not_rounded_away(bad, levels):
+    layer = int8.QuantisedLinear(random_layer(), int8.Grid(torch.zeros(256), torch.ones(256), levels, False))
+    rows = torch.randn(3, 256)
+    rows[1, 5] = bad
+    finite = layer(rows).isfinite().all(1).tolist()
+    assert finite == [True, False, True]
+
+
+def test_rows_of_zeros(levels):
+    source = random_layer()
+    for one_sided in (False, True):
+        layer = int8.QuantisedLinear(source, int8.Grid(torch.zeros(256), torch.ones(256), levels, one_sided))
+        assert layer(torch.zeros(2, 256)) == pytest.approx(source.bias.expand(2, -1), abs=1e-6)
+
+
+def test_on_a_gpu_it_is_refused(tiny_folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="dtype is 'int8', which is for the CPU, and device is 'cuda': pass another"):
+        load_reranker(tiny_folder, device="cuda", dtype="int8")
+
+
+def test_another_architecture_is_refused_before_its_weights_are_loaded(tmp_path):
+    config = transformers.BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_labels=1)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match="dtype is 'int8', which is for XLM-RoBERTa, and this model is of the type 'be"
+    ):
+        load_reranker(tmp_path, device="cpu", dtype="int8")
+
+
+@pytest.mark.parametrize("change", [lambda model: model.half(), lambda model: model.to("meta"), torch.nn.Module.double])
+def test_a_change_of_type_or_device_is_refused(tiny_folder, change):
+    model = load_reranker(tiny_folder, device="cpu", dtype="int8").model
+    with pytest.raises(TypeError, match="an int8 model stays on the CPU: load it again"):
+        change(model)
+
+
+def test_saving_is_refused(tiny_folder, tmp_path):
+    """Not a folder without most of its weights."""
+    model = load_reranker(tiny_folder, device="cpu", dtype="int8").model
+    with pytest.raises(TypeError, match="made when it is loaded and cannot be saved: save the one it was made from"):
+        model.save_pretrained(tmp_path)
+    assert model.to("cpu") is model
+
+
+def test_without_a_safetensors_file_embeddings_stay_in_memory(tiny):
+    exact = score(PAIRS, *tiny)
+    quantised.quantise(tiny.model, tiny.tokenizer)
+    assert kendall_tau(score(PAIRS, *tiny), exact) > 0.9
+    with pytest.raises(ValueError, match="int8 takes an unchanged XLM-RoBERTa in float32 on the CPU"):
+        quantised.quantise(make_model(len(tiny.tokenizer)).half(), tiny.tokenizer)
+
+
+def test_weights_are_held_once():
+    """The float32 weights of a layer go as soon as it is quantised, and its int8 weights are there once only."""
+    source = random_layer(1024, 1024)
+    layer = int8.QuantisedLinear(source, int8.Grid(torch.zeros(1024), torch.ones(1024), 255, False))
+    tensors = [value for part in layer.modules() for value in vars(part).values() if isinstance(value, torch.Tensor)]
+    assert sum(tensor.element_size() * tensor.numel() for tensor in tensors) < 1.05 * 1024 * 1024
+
+
+MEASURE = """
+import sys
+sys.path[:0] = sys.argv[1:3]
+import logging, torch, transformers
+from tiny import make_tokenizer
+from reranker_helpers import load_reranker, score
+
+def of(field):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1000
+
+transformers.XLMRobertaForSequenceClassification  # importing it takes 130 MB
+before = of("RssAnon")
+reranker = load_reranker(sys.argv[3], device="cpu", dtype="int8")
+score([("bear", "panda")], *reranker)
+print(of("RssAnon") - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads memory from /proc")
+def test_memory(request, tmp_path):
+    """Four layers of full width and 50,000 positions: 410 MB in float32, 50 MB in int8 and with the table in its file.
+    The rest of the limit is for what a first call of torch takes, and for gaps that loading leaves in the heap."""
+    tokenizer = make_tokenizer()
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 4}
+    config = transformers.XLMRobertaConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=50_002,
+        type_vocab_size=1,
+        num_labels=1,
+        pad_token_id=1,
+        **sizes,
+    )
+    transformers.XLMRobertaForSequenceClassification(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    here = request.path.parent
+    command = [sys.executable, "-c", MEASURE, str(here), str(here.parent), str(tmp_path)]
+    added = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+    assert added < 300
