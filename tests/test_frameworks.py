@@ -17,7 +17,7 @@ def snippets(tiny):
     """The functions of the notebook's cell, on the tiny reranker."""
     cells = nbformat.read(ROOT / "BGE_Reranker_Local.ipynb", as_version=4).cells
     (source,) = [cell.source for cell in cells if cell.id == "stack"]
-    names = {"rerank": rerank, **tiny._asdict()}
+    names = {"rerank": rerank, "reranker": tiny}
     exec(source, names)
     return names
 
