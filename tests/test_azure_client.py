@@ -274,7 +274,9 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="th
 @needs_proc
 def test_a_worker_that_is_killed_is_waited_for(ask, azure, local):
     """The server starts another one, which takes seconds; meanwhile connections are reset or left unanswered."""
-    killer = threading.Timer(0.05, os.kill, (azure.worker(), signal.SIGKILL))
+    worker = azure.worker()
+    os.kill(worker, signal.SIGSTOP)  # so that it cannot answer before it is killed
+    killer = threading.Timer(0.3, os.kill, (worker, signal.SIGKILL))
     killer.start()
     assert is_the_local_one(ask(budget=60.0), local)
     killer.join()
