@@ -4,10 +4,10 @@ What is lost by then: e5's prefixes, the place of the document (it begins behind
 dimensions of each head, rare pieces, and the rounding to 8 bits. No labels are needed: e5 is the teacher. The forward
 pass uses the rounded weights, the gradient goes to the exact ones (straight-through).
 
-One thing is taught that e5 cannot do: forget the language. e5 puts texts of one language near each other, so that a wrong
+One thing is taught that e5 cannot do: forget the language. e5 puts texts of one language near each other, so a wrong
 document in the query's language beats the right one in another. So a translation is taught the vector of its English
-original (Reimers and Gurevych 2020, https://arxiv.org/abs/2004.09813), and a text without original its own vector, moved
-by the mean difference between the language and English.
+original (Reimers and Gurevych 2020, https://arxiv.org/abs/2004.09813). A text without an English original is taught
+its own vector, moved by the mean difference between its language and English.
 """
 
 import argparse
