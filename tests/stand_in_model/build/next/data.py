@@ -148,7 +148,7 @@ def messages(folder: Path, language: str) -> Iterator[tuple[str, str]]:
 
 
 def facts() -> list[dict[str, list[str]]]:
-    """The groups of `facts.jsonl` that training sees, language -> question, answer, two near misses."""
+    """The groups of `facts.jsonl` that training sees, language -> question, answer, two near misses, plain answer."""
     with (Path(__file__).parent / "facts.jsonl").open(encoding="utf-8") as file:
         return [json.loads(line)["texts"] for i, line in enumerate(file) if i % 15]
 

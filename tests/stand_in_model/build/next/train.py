@@ -2,7 +2,7 @@
 
 Attention between query and document is opened a little in the upper layers, and training decides how far. A step has
 groups of one kind: facts in eleven languages (`facts.jsonl`: query, answer and near misses, the near misses mostly in
-the query's language and the answer mostly in another), or what mine.py found, where part of the
+the query's language and the answer often in another), or what mine.py found, where part of the
 target is the label and part is what the teachers say. The weights are rounded in the loop, as in distil.py.
 """
 
@@ -21,34 +21,54 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-STEPS, RATE, WARMUP = 1200, 8e-5, 30
+STEPS, RATE, WARMUP = 700, 8e-5, 30
 FACTS, MINED = 6, 4  # groups a step
-FACTS_SHARE = 0.5  # of the steps
+FACTS_SHARE = 0.4  # of the steps
 WRONG = 4  # documents a group
 TEMPERATURE, LABEL = 0.02, 0.6  # of the teachers' similarities; the label's share of the target
 CALIBRATION = 0.3  # weight of the loss that puts right documents above 0 and wrong ones below
 OPENED, AJAR = 8, 3.0  # from this layer on, attention between the texts is closed by this much only, in logits
-ENGLISH, ACROSS = 0.3, 0.7  # shares of the facts: asked in English; answered in another language
+ENGLISH, ACROSS = 0.3, 0.6  # shares of the facts: asked in English; answered in any language
+PLAIN, JOINED, NEAR = 0.5, 0.15, 0.7  # answered in the question's words; behind a near miss; among near misses
+WEIGHTS = {"python": 2.0, "help": 0.7, "messages": 0.7}  # how often a mined group is drawn, by its source
 
 
 def fact(groups: list[dict], rng: np.random.Generator) -> tuple[str, list[str], Tensor]:
-    """A query, its documents with the right one first, and the target."""
-    chosen, other = groups[rng.integers(len(groups))], groups[rng.integers(len(groups))]
+    """A query, its documents with the right one first, and the target.
+
+    The answer says it in other words or in the question's own. Without the latter, a model learns that a document which
+    repeats the question is wrong.
+    """
+    chosen = groups[rng.integers(len(groups))]
     languages = list(chosen)
-    asked = "en" if rng.random() < ENGLISH else languages[rng.integers(len(languages))]
-    answered = languages[rng.integers(len(languages))] if rng.random() < ACROSS else asked
-    query, _, *near = chosen[asked]
-    wrong = [*near, chosen[answered if rng.random() < 0.7 else asked][2 + rng.integers(2)], other[answered][1]]
-    if wrong[2] in near:
-        wrong[2] = other[asked][1 + rng.integers(3)]
+
+    def language() -> str:
+        return languages[rng.integers(len(languages))]
+
+    def other() -> str:
+        while (group := groups[rng.integers(len(groups))]) is chosen:
+            pass
+        return group[language() if rng.random() < 0.5 else asked][1 + rng.integers(4)]
+
+    asked = "en" if rng.random() < ENGLISH else language()
+    answered = language() if rng.random() < ACROSS else asked
+    query, _, *near, _ = chosen[asked]
+    _, answer, *far, plain = chosen[answered]
+    right = plain if rng.random() < PLAIN else answer
+    if rng.random() < JOINED:
+        right = f"{far[rng.integers(2)]} {right}"
+    if rng.random() < NEAR:
+        wrong = [*near, far[rng.integers(2)] if answered != asked else other(), other()]
+    else:
+        wrong = [other() for _ in range(WRONG)]
     target = torch.zeros(WRONG + 1)
     target[0] = 1
-    return query, [chosen[answered][1], *wrong], target
+    return query, [right, *wrong], target
 
 
-def found(groups: list[dict], rng: np.random.Generator) -> tuple[str, list[str], Tensor]:
+def found(groups: list[dict], often: np.ndarray, rng: np.random.Generator) -> tuple[str, list[str], Tensor]:
     """The same from groups.jsonl."""
-    group = groups[rng.integers(len(groups))]
+    group = groups[int(np.searchsorted(often, rng.random() * often[-1], side="right"))]
     wrong = 1 + rng.choice(len(group["documents"]) - 1, WRONG, replace=False)
     places = [0, *wrong.tolist()]
     target = (1 - LABEL) * torch.tensor([group["similarities"][i] for i in places]).div(TEMPERATURE).softmax(0)
@@ -84,7 +104,7 @@ def first(model, tokenizer, groups: list[dict]) -> str:
             rows = [
                 {"query": group[name][0], "document": document}
                 for i, name in enumerate(languages)
-                for document in (group[languages[(i + move) % len(languages)]][1], *group[name][2:])
+                for document in (group[languages[(i + move) % len(languages)]][1], *group[name][2:4])
             ]
             right[move] += int((model(**encode(tokenizer, rows)).logits.view(-1, 3).argmax(1) == 0).sum())
     asked = sum(map(len, groups))
@@ -107,11 +127,12 @@ def train(start: Path, data: Path, out: Path, steps: int) -> None:
         optimizer, lambda step: min((step + 1) / WARMUP, 0.03 + 0.97 * (1 - step / steps))
     )
     mined, known, began, totals = read(data / "groups.jsonl"), facts(), time.monotonic(), {}
+    often = np.cumsum([WEIGHTS.get(group["source"], 1.0) for group in mined])
     for step in range(1, steps + 1):
         if rng.random() < FACTS_SHARE:
             kind, groups = "facts", [fact(known, rng) for _ in range(FACTS)]
         else:
-            kind, groups = "mined", [found(mined, rng) for _ in range(MINED)]
+            kind, groups = "mined", [found(mined, often, rng) for _ in range(MINED)]
         with torch.no_grad():
             for parameter, weight in zip(used, exact, strict=True):
                 parameter.copy_(rounded(weight))
