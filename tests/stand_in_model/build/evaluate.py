@@ -1,6 +1,9 @@
 """Measure a cross-encoder on the labelled sets of this repository, none of which it was trained on.
 
 python tests/stand_in_model/build/evaluate.py tests/stand_in_model
+
+With `--closed` no token of one text may look at the other text's, up to the layer that compares them: what is lost
+then is what reading both texts together is worth.
 """
 
 import argparse
@@ -11,6 +14,7 @@ from pathlib import Path
 import bm25s
 import ir_measures
 import numpy as np
+import torch
 from ir_measures import RR, P, Qrel, ScoredDoc, nDCG
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -82,6 +86,39 @@ def own_documents(name: str, queries: list[dict], score) -> None:
     print(f"{name}: {len(queries)} queries, " + ", ".join(f"{m} {value.mean():.3f}" for m, value in values.items()))
 
 
+def close(model) -> None:
+    """Keep query and document apart in all layers but the last.
+
+    `<s>`, at which every token may look, looks at nothing but itself there, or it would carry one text to the other.
+    """
+    sides = {}
+
+    def remember(module, args, kwargs):
+        segment = kwargs["token_type_ids"]
+        inside = kwargs["attention_mask"].bool()
+        open_ = (segment[:, :, None] == segment[:, None]) & inside[:, None]
+        open_[:, :, 0] = True
+        open_[:, 0, 1:] = False
+        sides["mask"] = torch.zeros(open_.shape).masked_fill(~open_, -1e9).unsqueeze(1)
+
+    def hide(module, args, kwargs):
+        return (args[0], sides["mask"], *args[2:]), {k: v for k, v in kwargs.items() if k != "attention_mask"}
+
+    model.register_forward_pre_hook(remember, with_kwargs=True)
+    for layer in model.roberta.encoder.layer[:-1]:
+        layer.register_forward_pre_hook(hide, with_kwargs=True)
+
+
+def unknown(tokenizer, rows: list[dict]) -> str:
+    """How much of the cross-lingual set's documents is `<unk>`, by language."""
+    counts: dict[str, list[int]] = {}
+    for row in rows:
+        for language, document in zip(row["languages"], row["documents"], strict=True):
+            ids = tokenizer(document, add_special_tokens=False)["input_ids"]
+            counts.setdefault(language, []).extend(i == tokenizer.unk_token_id for i in ids)
+    return ", ".join(f"{language} {np.mean(hits):.2%}" for language, hits in sorted(counts.items()))
+
+
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
     from reranker_helpers import load_reranker
@@ -90,8 +127,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--every", type=int, default=1, help="take every n-th question of Python's FAQ")
+    parser.add_argument("--closed", action="store_true", help="no attention between query and document")
     arguments = parser.parse_args()
     reranker = load_reranker(arguments.model)
+    if arguments.closed:
+        close(reranker.model)
 
     def score(pairs: list[tuple[str, str]]) -> list[float]:
         return helper_score(pairs, *reranker)
@@ -100,7 +140,9 @@ if __name__ == "__main__":
     for kind in (None, "direction", "negation"):
         rows = [row for row in hand_written if row.get("kind") == kind]
         own_documents(f"hand-written, {kind or 'topics'}", rows, score)
-    own_documents("cross-lingual", read(DATA / "cross_lingual/queries.jsonl"), score)
+    cross_lingual = read(DATA / "cross_lingual/queries.jsonl")
+    own_documents("cross-lingual", cross_lingual, score)
+    print("<unk>:", unknown(reranker.tokenizer, cross_lingual))
     faq = DATA / "python_faq"
     questions = read(faq / "queries.jsonl")[:: arguments.every]
     retrieval("Python FAQ", read(faq / "documents.jsonl"), questions, score)

@@ -1,185 +1,203 @@
-"""Train the constructed cross-encoder on pairs. The number of steps and the seeds are fixed.
+"""Train the whole as what it is, a cross-encoder, on right and wrong documents; then save the model.
 
-Each query comes with six documents: its own, four of the hard negatives that teacher.py found, a random one. In the
-short batches another query about a document stands in for it, so that one-sentence documents are seen, too.
-The loss has four parts: the teacher's distribution over the six (KL), the label (cross-entropy), the teacher's cosine
-on the scale of the logits (so that relevant pairs come out positive and others negative), and, with a falling weight,
-the teacher's vectors of query and document, which the layer before the comparison should yield.
+Attention between query and document is opened a little in the upper layers, and training decides how far. A step has
+groups of one kind: facts in eleven languages (`facts.jsonl`: query, answer and near misses, the near misses mostly in
+the query's language and the answer often in another), or what mine.py found, where part of the
+target is the label and part is what the teachers say. The weights are rounded in the loop, as in distil.py.
 """
 
 import argparse
+import json
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from construct import HEAD, save
-from teacher import read
+from compare import save
+from construct import CLOSED, HEAD, WIDTH, encode, read
+from data import facts
+from distil import BFLOAT16, freeze_gates, rounded
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-STEPS, HORIZON = 90, 150  # training ends after STEPS; rate and weights fall as if it went on to HORIZON
-HARD, RANDOM = 4, 1
-# Tokens a pair, queries a batch, share of the batches. Most pairs are short, which sees more of them in the time.
-BATCHES = ((56, 20, 0.35), (112, 10, 0.45), (160, 7, 0.14), (320, 3, 0.06))
-SHORT = 56
-RATE, SLOW, WARMUP = 6e-5, 2e-5, 10
-WEIGHTS = {"distribution": 1.0, "label": 0.3, "scale": 0.2, "vectors": 5.0}
-SLOPE, OFFSET, BONUS = 22.0, 9.0, 2.0  # cosine -> logit, and what the query's own document gets on top
+STEPS, RATE, WARMUP = 600, 8e-5, 30
+FACTS, MINED = 6, 4  # groups a step
+FACTS_SHARE = 0.35  # of the steps
+WRONG = 4  # documents a group
+CUTS = ((300, 0.5), (600, 0.3), (1200, 0.2))  # characters of a mined document at most, share of these steps
+LENGTH = 320  # tokens of a pair at most
+LONG = 0.3  # share of the facts whose documents stand among other texts
+TEMPERATURE, LABEL = 0.02, 0.4  # of the teachers' similarities; the label's share of the target
+CALIBRATION = 0.3  # weight of the loss that puts right documents above 0 and wrong ones below
+OPENED, AJAR = 8, 3.0  # from this layer on, attention between the texts is closed by this much only, in logits
+ENGLISH, ACROSS = 0.3, 0.6  # shares of the facts: asked in English; answered in any language
+PLAIN, JOINED, NEAR = 0.5, 0.15, 0.7  # answered in the question's words; behind a near miss; among near misses
+WEIGHTS = {"python": 2.0, "help": 0.6, "messages": 0.6}  # how often a mined group is drawn, by its source
 
 
-class Pairs:
-    """Batches of queries, each with its own document first."""
+def fact(groups: list[dict], rng: np.random.Generator) -> tuple[str, list[str], Tensor]:
+    """A query, its documents with the right one first, and the target.
 
-    def __init__(self, data: Path, tokenizer) -> None:
-        documents, queries = read(data / "documents.jsonl"), read(data / "queries.jsonl")
-        options = {"add_special_tokens": False, "truncation": True}
-        self.documents = tokenizer([row["text"] for row in documents], max_length=320, **options)["input_ids"]
-        self.queries = tokenizer([row["text"] for row in queries], max_length=48, **options)["input_ids"]
-        self.own = [row["document"] for row in queries]
-        self.about: dict[int, list[int]] = {}
-        for query, document in enumerate(self.own):
-            self.about.setdefault(document, []).append(query)
-        self.candidates = np.load(data / "candidates.npy")
-        self.document_vectors = torch.from_numpy(np.load(data / "documents.npy")).float()
-        self.query_vectors = torch.from_numpy(np.load(data / "queries.npy")).float()
-        self.rng = np.random.default_rng(1)
-        self.order: list[int] = []
+    The answer says it in other words or in the question's own. Without the latter, a model learns that a document which
+    repeats the question is wrong.
+    """
+    chosen = groups[rng.integers(len(groups))]
+    languages = list(chosen)
 
-    def __call__(self, count: int, length: int) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
-        """(model inputs, query vectors, document vectors, which documents are seen at least in their larger part)."""
-        if len(self.order) < count:
-            self.order = self.rng.permutation(len(self.queries)).tolist()
-        asked, self.order = self.order[:count], self.order[count:]
-        rows, vectors, seen = [], [], []
-        for query in asked:
-            hard = np.unique(self.candidates[query])
-            hard = self.rng.choice(hard[hard >= 0], HARD, replace=False)
-            room = length - len(self.queries[query]) - 4
-            for document in (self.own[query], *hard, *self.rng.integers(len(self.documents), size=RANDOM)):
-                others = [other for other in self.about.get(int(document), []) if other != query]
-                if length == SHORT and others:
-                    other = int(self.rng.choice(others))
-                    ids, vector = self.queries[other], self.query_vectors[other]
-                else:
-                    ids, vector = self.documents[document], self.document_vectors[document]
-                vectors.append(vector)
-                seen.append(len(ids) <= 1.7 * room)
-                rows.append(([0, *self.queries[query], 2], [2, *ids[: max(8, room)], 2]))
-        longest = max(len(a) + len(b) for a, b in rows)
-        ids, types, mask = (torch.full((len(rows), longest), fill) for fill in (1, 0, 0))
-        for i, (a, b) in enumerate(rows):
-            ids[i, : len(a) + len(b)] = torch.tensor(a + b)
-            types[i, len(a) : len(a) + len(b)] = 1
-            mask[i, : len(a) + len(b)] = 1
-        inputs = {"input_ids": ids, "token_type_ids": types, "attention_mask": mask}
-        wanted = self.query_vectors[asked].repeat_interleave(1 + HARD + RANDOM, 0)
-        return inputs, wanted, torch.stack(vectors), torch.tensor(seen)
+    def language() -> str:
+        return languages[rng.integers(len(languages))]
+
+    def other() -> str:
+        while (group := groups[rng.integers(len(groups))]) is chosen:
+            pass
+        return group[language() if rng.random() < 0.5 else asked][1 + rng.integers(4)]
+
+    asked = "en" if rng.random() < ENGLISH else language()
+    answered = language() if rng.random() < ACROSS else asked
+    query, _, *near, _ = chosen[asked]
+    _, answer, *far, plain = chosen[answered]
+    right = plain if rng.random() < PLAIN else answer
+    if rng.random() < JOINED:
+        right = f"{far[rng.integers(2)]} {right}"
+    if rng.random() < NEAR:
+        wrong = [*near, far[rng.integers(2)] if answered != asked else other(), other()]
+    else:
+        wrong = [other() for _ in range(WRONG)]
+    documents = [right, *wrong]
+    if rng.random() < LONG:
+        # A document may be long and only a sentence of it answer: its place and its company say nothing.
+        for i, document in enumerate(documents):
+            company = [other() for _ in range(rng.integers(2, 7))]
+            company.insert(rng.integers(len(company) + 1), document)
+            documents[i] = " ".join(company)
+    target = torch.zeros(WRONG + 1)
+    target[0] = 1
+    return query, documents, target
 
 
-def losses(
-    output, gates: Tensor, inputs: dict[str, Tensor], query: Tensor, document: Tensor, seen: Tensor
-) -> dict[str, Tensor]:
-    """The four parts of the loss. `gates` are the coordinates that tell the segments apart."""
-    logits = output.logits.view(-1, 1 + HARD + RANDOM)
-    target = SLOPE * (query * document).sum(1).view_as(logits) - OFFSET
-    target[:, 0] += BONUS
-    hidden = output.hidden_states[-2].clone()
-    hidden[..., gates] = 0
-    apart = []
-    for segment, vectors, use in ((0, query, torch.ones_like(seen)), (1, document, seen)):
-        inside = ((inputs["token_type_ids"] == segment) & (inputs["attention_mask"] == 1)).unsqueeze(-1)
-        mean = (hidden * inside).sum(1) / inside.sum(1)
-        apart.append((1 - F.cosine_similarity(mean, vectors))[use].sum() / use.sum().clamp(min=1))
+def found(
+    groups: list[dict], often: np.ndarray, size: int, rng: np.random.Generator
+) -> tuple[str, list[str], Tensor]:
+    """The same from groups.jsonl, documents cut at `size` characters."""
+    group = groups[int(np.searchsorted(often, rng.random() * often[-1], side="right"))]
+    wrong = 1 + rng.choice(len(group["documents"]) - 1, WRONG, replace=False)
+    places = [0, *wrong.tolist()]
+    target = (1 - LABEL) * torch.tensor([group["similarities"][i] for i in places]).div(TEMPERATURE).softmax(0)
+    target[0] += LABEL
+    return group["query"], [group["documents"][i][:size] for i in places], target
+
+
+def loss(logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """How well each group is ordered, and on which side of 0 its documents are."""
+    wrong = F.softplus(logits[:, 1:]).mean(1)
     return {
-        "distribution": F.kl_div(logits.log_softmax(1), target.log_softmax(1), log_target=True, reduction="batchmean"),
-        "label": F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long)),
-        "scale": F.smooth_l1_loss(logits, target.clamp(-8, 8)),
-        "vectors": sum(apart),
+        "order": -(target * logits.log_softmax(1)).sum(1).mean(),
+        "zero": CALIBRATION * (F.softplus(-logits[:, 0]) + wrong).mean(),
     }
 
 
-def groups(model) -> list[dict]:
-    """Parameter groups: the comparison and the head are exact arithmetic at first and learn more slowly."""
-    late = (f"encoder.layer.{model.config.num_hidden_layers - 1}.", "classifier.")
-    named = list(model.named_parameters())
-    return [
-        {"params": [p for name, p in named if any(part in name for part in late) is slow], "lr": rate}
-        for slow, rate in ((False, RATE), (True, SLOW))
-    ]
+def open_layers(model) -> None:
+    """Let a token see some of the other text."""
+    for layer in model.roberta.encoder.layer[OPENED:12]:
+        for part in (layer.attention.self.query, layer.attention.self.key):
+            for start in (HEAD - 2, HEAD - 1):
+                part.weight.data[start:WIDTH:HEAD] *= (AJAR / CLOSED) ** 0.5
+                part.bias.data[start:WIDTH:HEAD] *= (AJAR / CLOSED) ** 0.5
 
 
-def freeze_gates(model, gates: Tensor) -> None:
-    """Keep training from blurring the gates: no gradient for what writes, reads or compares them.
+def keep_exact(layer) -> None:
+    """Let the layer that compares compute in float32 in any case: it subtracts nearly equal numbers."""
+    forward = layer.forward
 
-    Each weight that touches them moves many tokens at once, so their gradients would drown all others.
-    """
-    everything = slice(None)
-    freed = torch.cat([torch.arange(HEAD - 2, 384, HEAD), torch.arange(HEAD - 1, 384, HEAD)])
-    embeddings, norms = model.roberta.embeddings, [model.roberta.embeddings.LayerNorm]
-    tables = (embeddings.word_embeddings, embeddings.position_embeddings, embeddings.token_type_embeddings)
-    frozen = [(table.weight, (everything, gates)) for table in tables]
-    for layer in model.roberta.encoder.layer[:-1]:
-        own, up, down = layer.attention.self, layer.intermediate.dense, layer.output.dense
-        norms += [layer.attention.output.LayerNorm, layer.output.LayerNorm]
-        frozen += [(part.weight, (everything, gates)) for part in (own.value, up)]
-        for part in (own.query, own.key):
-            frozen += [(part.weight, (everything, gates)), (part.weight, (freed,)), (part.bias, (freed,))]
-        for part in (layer.attention.output.dense, down):
-            frozen += [(part.weight, (gates,)), (part.bias, (gates,))]
-        frozen += [(part, (slice(-4, None),)) for part in (up.weight, up.bias)]
-        frozen += [(down.weight, (everything, slice(-4, None)))]
-    frozen += [(part, (gates,)) for norm in norms for part in (norm.weight, norm.bias)]
+    def exact(hidden: Tensor, *args, **kwargs):
+        with torch.autocast("cpu", enabled=False):
+            return forward(hidden.float(), *args, **kwargs)
 
-    def hook(gradient: Tensor, where: tuple) -> Tensor:
-        gradient = gradient.clone()
-        gradient[where] = 0
-        return gradient
+    layer.forward = exact
 
-    for parameter, where in frozen:
-        parameter.register_hook(lambda gradient, where=where: hook(gradient, where))
+
+@torch.no_grad()
+def first(model, tokenizer, groups: list[dict]) -> str:
+    """How often the answer comes first: near misses in the query's language, the answer there or in another."""
+    right = {0: 0, 3: 0}
+    for group in groups:
+        languages = list(group)
+        for move in right:
+            rows = [
+                {"query": group[name][0], "document": document}
+                for i, name in enumerate(languages)
+                for document in (group[languages[(i + move) % len(languages)]][1], *group[name][2:4])
+            ]
+            right[move] += int((model(**encode(tokenizer, rows)).logits.view(-1, 3).argmax(1) == 0).sum())
+    asked = sum(map(len, groups))
+    return f"held-out facts: same language {right[0] / asked:.3f}, another {right[3] / asked:.3f}"
 
 
 def train(start: Path, data: Path, out: Path, steps: int) -> None:
-    """Train, save to `out` now and then and at the end."""
+    """Train, and save now and then and at the end."""
     torch.manual_seed(1)
+    rng = np.random.default_rng(6)
     tokenizer = AutoTokenizer.from_pretrained(start)
-    # Evaluation mode throughout: this short a training needs no dropout.
     model = AutoModelForSequenceClassification.from_pretrained(start, dtype=torch.float32).eval()
-    types = model.roberta.embeddings.token_type_embeddings.weight
-    gates = (types[0] - types[1]).abs().topk(2).indices
-    freeze_gates(model, gates)
-    pairs = Pairs(data, tokenizer)
-    optimizer = torch.optim.AdamW(groups(model), weight_decay=0.0, betas=(0.9, 0.98))
+    gates = model.config.gates
+    open_layers(model)
+    keep_exact(model.roberta.encoder.layer[-1])
+    freeze_gates(model, gates, opened=OPENED)
+    used = list(model.parameters())
+    exact = [parameter.detach().clone().requires_grad_() for parameter in used]
+    optimizer = torch.optim.AdamW(exact, lr=RATE, weight_decay=0.0, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / WARMUP, max(0.0, (HORIZON - step) / (HORIZON - WARMUP)))
+        optimizer, lambda step: min((step + 1) / WARMUP, 0.03 + 0.97 * (1 - step / steps))
     )
-    rng, began, totals = np.random.default_rng(2), time.monotonic(), dict.fromkeys(WEIGHTS, 0.0)
+    mined, known, began, totals = read(data / "groups.jsonl"), facts(), time.monotonic(), {}
+    often = np.cumsum([WEIGHTS.get(group["source"], 1.0) for group in mined])
     for step in range(1, steps + 1):
-        length, count, _ = BATCHES[rng.choice(len(BATCHES), p=[share for *_, share in BATCHES])]
-        inputs, *targets = pairs(count, length)
-        parts = losses(model(**inputs, output_hidden_states=True), gates, inputs, *targets)
-        optimizer.zero_grad()
-        falling = {"vectors": 1 - 0.8 * step / HORIZON}
-        sum(WEIGHTS[name] * falling.get(name, 1) * part for name, part in parts.items()).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        if rng.random() < FACTS_SHARE:
+            kind, groups = "facts", [fact(known, rng) for _ in range(FACTS)]
+        else:
+            size = CUTS[rng.choice(len(CUTS), p=[share for _, share in CUTS])][0]
+            kind, groups = "mined", [found(mined, often, size, rng) for _ in range(MINED)]
+        with torch.no_grad():
+            for parameter, weight in zip(used, exact, strict=True):
+                parameter.copy_(rounded(weight))
+                parameter.grad = None
+        rows = [{"query": query, "document": document} for query, documents, _ in groups for document in documents]
+        with BFLOAT16:
+            hidden = model.roberta(**encode(tokenizer, rows, LENGTH)).last_hidden_state
+        logits = model.classifier(hidden).view(len(groups), -1)
+        parts = loss(logits, torch.stack([target for *_, target in groups]))
+        sum(parts.values()).backward()
+        for parameter, weight in zip(used, exact, strict=True):
+            weight.grad = parameter.grad
+        torch.nn.utils.clip_grad_norm_([weight for weight in exact if weight.grad is not None], 1.0)
         optimizer.step()
         schedule.step()
+        parts["first"] = (logits.argmax(1) == 0).float().mean()
         for name, part in parts.items():
-            totals[name] += part.item()
+            totals.setdefault(f"{kind} {name}", []).append(part.item())
         if step % 20 == 0:
-            means = "  ".join(f"{name} {value / 20:.3f}" for name, value in totals.items())
-            print(f"step {step}  {time.monotonic() - began:.0f} s  {means}", flush=True)
-            totals = dict.fromkeys(WEIGHTS, 0.0)
-        if step % 30 == 0 or step == steps:
+            shown = "  ".join(f"{name} {np.mean(values):.3f}" for name, values in sorted(totals.items()))
+            print(f"step {step}  {time.monotonic() - began:.0f} s  {shown}", flush=True)
+            totals = {}
+        if step % 200 == 0 or step == steps:
+            with torch.no_grad():
+                for parameter, weight in zip(used, exact, strict=True):
+                    parameter.copy_(rounded(weight))
+            print(first(model, tokenizer, held_out()), flush=True)
             save(model, tokenizer, out)
+
+
+def held_out() -> list[dict]:
+    """The facts that training never sees."""
+    with (Path(__file__).parent / "facts.jsonl").open(encoding="utf-8") as file:
+        return [json.loads(line)["texts"] for i, line in enumerate(file) if not i % 15]
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("start", type=Path, help="the model that construct.py wrote")
-    parser.add_argument("data", type=Path, help="the folder that data.py and teacher.py filled")
+    parser.add_argument("start", type=Path, help="the model that compare.py wrote")
+    parser.add_argument("data", type=Path, help="the folder that data.py and mine.py filled")
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=STEPS)
     arguments = parser.parse_args()

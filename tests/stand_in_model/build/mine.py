@@ -18,8 +18,8 @@ from distil import MODEL, Teacher
 from e5 import read_e5
 from transformers import AutoModel, AutoTokenizer
 
-QUERIES = {"wiki": 1500, "python": 1200, "help": 450, "messages": 450}  # of each language
-CHARACTERS = {"wiki": 450, "python": 700, "help": 300, "messages": 300}
+QUERIES = {"wiki": 1300, "python": 2400, "help": 450, "messages": 450}  # of each language
+CHARACTERS = {"wiki": 600, "python": 1200, "help": 300, "messages": 300}
 WRONG, NEAREST = 7, 12  # wrong documents: four of the nearest, two further ones, one at random
 SAME = 0.985  # of e5's similarity: the same text in other words, or a duplicate
 MINILM_SCALE = 0.15  # MiniLM's similarities spread about seven times as far as e5's
