@@ -78,7 +78,7 @@ def test_cells_are_short_and_explained(notebook):
     for cell, around in zip(notebook.cells, zip(kinds, kinds[1:], kinds[2:], strict=False), strict=False):
         assert "markdown" in around, f"{cell.id} begins three code cells in a row"
     for cell in code_cells(notebook):
-        assert len(cell.source.splitlines()) <= 30, cell.id
+        assert len(cell.source.splitlines()) <= 15, cell.id
 
 
 def test_nothing_is_wider_than_github_shows(notebook):
