@@ -6,10 +6,13 @@ The plot for README.md is stored, too. They run on the stand-in model, or on the
 import base64
 import os
 import sys
+import time
+from itertools import groupby
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+from nbclient.exceptions import DeadKernelError
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE = ROOT / ".github" / "two_stage_retrieval.png"
@@ -23,21 +26,54 @@ METADATA = {
 def refresh(path: Path) -> None:
     """Execute one notebook in its folder, and rewrite it without anything that differs from run to run."""
     notebook = nbformat.read(path, as_version=4)
-    # coalesce_streams leaves only the last state of a progress bar.
-    client = NotebookClient(
-        notebook,
-        timeout=600,
-        record_timing=False,
-        store_widget_state=False,
-        coalesce_streams=True,
-        resources={"metadata": {"path": str(path.parent)}},
-    )
-    client.execute()
+    execute(notebook, path.parent, timeout=600, record_timing=False, store_widget_state=False)
     notebook.metadata = nbformat.from_dict(METADATA)
     nbformat.write(notebook, path)
     for cell in notebook.cells:
         if cell.id == "retrieval-plot":
             PICTURE.write_bytes(picture(cell))
+
+
+def execute(notebook: nbformat.NotebookNode, folder: Path, **settings) -> None:
+    """Execute a notebook in `folder`, in place, and print a line for each chapter with a dot for each cell.
+
+    `settings` are NotebookClient's. Raises its CellExecutionError or DeadKernelError; cells that were not reached then
+    have no outputs.
+    """
+    heading, cells = "Start", []
+    for index, cell in enumerate(notebook.cells):
+        if cell.cell_type == "code":
+            cells.append((heading, index))
+            cell.outputs, cell.execution_count = [], None
+        elif cell.source.startswith("## "):
+            heading = cell.source.splitlines()[0].removeprefix("## ")
+    client = NotebookClient(
+        notebook,
+        coalesce_streams=True,  # leaves only the last state of a progress bar
+        extra_arguments=["--log-level=ERROR"],  # the kernel warns of its own way to talk to this process
+        resources={"metadata": {"path": str(folder)}},
+        **settings,
+    )
+    start, done = time.perf_counter(), 0
+    with client.setup_kernel():
+        for heading, chapter in groupby(cells, key=lambda cell: cell[0]):
+            print(f"[{done + 1}/{len(cells)}] {heading} ", end="", flush=True)
+            chapter_start = time.perf_counter()
+            for _, index in chapter:
+                done += 1
+                try:
+                    client.execute_cell(notebook.cells[index], index, execution_count=done)
+                except DeadKernelError as error:
+                    message = "The kernel died, perhaps for lack of memory, in this cell:"
+                    raise DeadKernelError(f"{message}\n\n{notebook.cells[index].source}") from error
+                print(".", end="", flush=True)
+            now = time.perf_counter()
+            print(f" {now - chapter_start:.1f} s ({now - start:.0f} s since the start)", flush=True)
+        status = Path(f"/proc/{client.km.provisioner.pid}/status")
+        if status.exists():  # Linux
+            peak = next(int(line.split()[1]) for line in status.open() if line.startswith("VmHWM"))
+            print(f"peak memory: {peak / 1e6:.2f} GB")
+        client.set_widgets_metadata()
 
 
 def picture(cell: nbformat.NotebookNode) -> bytes:

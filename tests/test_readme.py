@@ -1,8 +1,12 @@
-"""README.md promises: its code runs and prints what it says, its links and tables fit the files."""
+"""What README.md and TROUBLESHOOTING.md promise: code prints what they say, tables, links and messages are true."""
 
 import ast
+import functools
 import inspect
+import json
+import math
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +19,7 @@ import reranker_helpers
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+TROUBLESHOOTING = (ROOT / "TROUBLESHOOTING.md").read_text(encoding="utf-8")
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), ROOT / "benchmarks/README.md", *sorted(ROOT.glob("tests/*/**/README.md"))]
 
 
@@ -77,12 +82,123 @@ HELPERS = sorted((ROOT / "reranker_helpers").glob("*.py"))
 
 @pytest.mark.parametrize("path", HELPERS, ids=lambda path: path.stem)
 def test_each_error_message_has_its_remedy(path):
-    troubleshooting = README.partition("## Troubleshooting")[2].partition("## ")[0]
     raised = [node.exc for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Raise)]
     for call in [node for node in raised if isinstance(node, ast.Call) and node.args]:
         texts = [part.value for part in ast.walk(call.args[0]) if isinstance(part, ast.Constant)]
         clauses = [clause.strip() for text in texts for clause in re.split("[:,]", text)]
-        assert not texts or any(len(clause) >= 12 and clause in troubleshooting for clause in clauses), clauses
+        assert not texts or any(len(clause) >= 12 and clause in TROUBLESHOOTING for clause in clauses), clauses
+
+
+ANY = "\0"
+"""What a string has for a value that is filled in, and a message for `...`."""
+
+
+def strings(path: Path) -> list[str]:
+    """The strings of a module, docstrings left out."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    docstrings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            found.append("".join(part.value if isinstance(part, ast.Constant) else ANY for part in node.values))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in docstrings:
+            found.append(re.sub(r"%(s|d|\.\df)", ANY, node.value))
+    return found
+
+
+def can_say(string: str, message: str) -> bool:
+    """Whether the message is a part of what the string becomes when values without spaces are filled in."""
+
+    @functools.cache
+    def own(i: int, j: int) -> float:
+        """Of the ways to say message[i:] by string[j:], the most characters that were not filled in."""
+        if i == len(message):
+            return 0
+        if j == len(string):
+            return -math.inf
+        if ANY in (message[i], string[j]):
+            return max(own(i, j + 1), own(i + 1, j) if message[i] != " " else -math.inf)
+        return 1 + own(i + 1, j + 1) if message[i] == string[j] else -math.inf
+
+    return max(map(own, [0] * len(string), range(len(string))), default=0) >= min(12, len(message))
+
+
+@pytest.fixture(scope="module")
+def sources() -> list[str]:
+    files = [*ROOT.glob("reranker_helpers/*.py"), *ROOT.glob("azureml*/*.py"), *ROOT.glob("tests/fake_azure/*.py")]
+    found = [string for path in [*files, ROOT / "tests/refresh_notebooks.py"] for string in strings(path)]
+    for path in ROOT.glob("*.ipynb"):  # some of what Azure says stands only there
+        found += [line for cell in nbformat.read(path, as_version=4).cells for line in cell.source.splitlines()]
+    return found
+
+
+def symptoms(document: str) -> list[str]:
+    """The messages in the left column of the tables of symptoms."""
+    tables = re.findall(r"^\| symptom \| remedy \|\n\|---\|---\|\n((?:\|.*\n)+)", document, re.M)
+    left = [row.split(" | ")[0] for table in tables for row in table.splitlines()]
+    return [message for cell in left for message in re.findall("`(.+?)`", cell)]
+
+
+@pytest.mark.parametrize("message", sorted({*symptoms(README), *symptoms(TROUBLESHOOTING)}))
+def test_messages_are_the_codes(message, sources):
+    message = message.replace("...", ANY).strip(ANY)
+    pieces = [message[i : i + 5] for i in range(max(1, len(message) - 4))]
+    likely = [string for string in sources if any(piece in string for piece in pieces)]
+    assert any(can_say(string, message) for string in likely)
+
+
+def test_the_commonest_troubles_are_told_alike():
+    rows = re.findall(r"^\| .+ \|$", README.partition("## Troubleshooting")[2].partition("## ")[0], re.M)
+    assert len(rows) == 10 + 1
+    assert {*rows} <= {*TROUBLESHOOTING.splitlines()}
+
+
+def results(name: str) -> dict[str, dict]:
+    return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())["variants"]
+
+
+def times_as_fast(variants: dict[str, dict], fast: str, slow: str) -> str:
+    seconds = [statistics.median(variants[name]["seconds"]) for name in (slow, fast)]
+    return f"{seconds[0] / seconds[1]:.1f}"
+
+
+def test_the_table_of_speeds_is_what_was_measured():
+    header = "| | numbers | documents/s | times as fast as CrossEncoder | peak memory |\n|---|---|---|---|---|\n"
+    before, rows = README.split(header)
+    variants = results(re.findall(r"benchmarks/results/([\w-]+)\.md", before)[-1])
+    rows = rows.partition("\n\n")[0].splitlines()
+    assert len(rows) == 5
+    for row in rows:
+        name, numbers = re.match(r"\| ([\w ]+) \| (\w+) \|", row).groups()
+        name += f" {numbers}" * (numbers != "float32")
+        speed, memory = variants[name]["documents_per_second"], variants[name]["peak_mb"] / 1000
+        ratio = times_as_fast(variants, name, "CrossEncoder")
+        assert row.endswith(f"| {numbers} | {speed:.2f} | {ratio} | {memory:.1f} GB |")
+
+
+def test_claims_of_speed_are_what_was_measured():
+    text = " ".join(README.split())
+    full, old, int8 = results("full-cpu"), results("full-cpu-avx2"), results("int8")
+    exact = {name: v["documents_per_second"] for name, v in full.items() if not name.endswith(("int8", "bfloat16"))}
+    assert len(full) == 10
+    assert "which has ten variants" in text
+    assert len(exact) == 7
+    assert "Of the seven variants in float32, `rerank` was the fastest" in text
+    assert max(exact, key=exact.get) == "rerank"
+    assert full["rerank"]["largest_difference"] < 1e-4
+    moved = [full[name]["largest_difference"] for name in ("rerank bfloat16", "OpenVINO int8")]
+    assert f"bfloat16 moved them by up to {moved[0]:.2f}, OpenVINO's int8 by up to {moved[1]:.2f}" in text
+
+    plain, encoder, openvino = (times_as_fast(old, "rerank", name) for name in ("plain", "CrossEncoder", "OpenVINO"))
+    assert f"{plain} times as fast as plain Transformers, {encoder} times as fast as CrossEncoder" in text
+    assert f"and {openvino} times as fast as OpenVINO" in text
+
+    ratios = [times_as_fast(int8, "rerank int8", name) for name in ("rerank", "OpenVINO int8")]
+    assert f"{ratios[0]} times as fast as `rerank` in float32 and {ratios[1]} times as fast as OpenVINO's int8" in text
+    memory = [int8[name]["peak_mb"] / 1000 for name in ("rerank int8", "rerank")]
+    assert f"It took {memory[0]:.1f} GB of memory instead of {memory[1]:.1f} GB" in text
+    assert f"moved logits by up to {int8['rerank int8']['largest_difference']:.2f}" in text
+    assert f"in int8 only: {times_as_fast(int8, 'rerank int8 then float32', 'rerank')} times as fast" in text
 
 
 def test_numbers_are_the_codes():
