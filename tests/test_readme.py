@@ -9,6 +9,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import nbformat
@@ -181,13 +182,13 @@ def test_claims_of_speed_are_what_was_measured():
     full, old, int8 = results("full-cpu"), results("full-cpu-avx2"), results("int8")
     exact = {name: v["documents_per_second"] for name, v in full.items() if not name.endswith(("int8", "bfloat16"))}
     assert len(full) == 10
-    assert "which has ten variants" in text
+    assert "lists all ten variants" in text
     assert len(exact) == 7
     assert "Of the seven variants in float32, `rerank` was the fastest" in text
     assert max(exact, key=exact.get) == "rerank"
     assert full["rerank"]["largest_difference"] < 1e-4
     moved = [full[name]["largest_difference"] for name in ("rerank bfloat16", "OpenVINO int8")]
-    assert f"bfloat16 moved them by up to {moved[0]:.2f}, OpenVINO's int8 by up to {moved[1]:.2f}" in text
+    assert f"bfloat16 moved scores by up to {moved[0]:.2f} and OpenVINO's int8 by up to {moved[1]:.2f}" in text
 
     plain, encoder, openvino = (times_as_fast(old, "rerank", name) for name in ("plain", "CrossEncoder", "OpenVINO"))
     assert f"{plain} times as fast as plain Transformers, {encoder} times as fast as CrossEncoder" in text
@@ -198,12 +199,19 @@ def test_claims_of_speed_are_what_was_measured():
     memory = [int8[name]["peak_mb"] / 1000 for name in ("rerank int8", "rerank")]
     assert f"It took {memory[0]:.1f} GB of memory instead of {memory[1]:.1f} GB" in text
     assert f"moved logits by up to {int8['rerank int8']['largest_difference']:.2f}" in text
-    assert f"in int8 only: {times_as_fast(int8, 'rerank int8 then float32', 'rerank')} times as fast" in text
+    recipe = times_as_fast(int8, "rerank int8 then float32", "rerank")
+    assert f"scoring most documents in int8 only: {recipe} times as fast" in text
+
+
+def test_the_changelog_begins_with_this_version():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    newest = re.search(r"^## (\S+) - \d{4}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert newest[1] == version
 
 
 def test_numbers_are_the_codes():
     cpu, packed, cuda = (reranker_helpers.BATCH_TOKENS[name] for name in ("cpu", "packed", "cuda"))
-    assert f"default {packed} on a CPU ({cpu} for other models than XLM-RoBERTa), {cuda:,} on CUDA" in README
+    assert f"default {packed} on a CPU ({cpu} for models other than XLM-RoBERTa), {cuda:,} on CUDA" in README
 
 
 def test_requirements_are_what_is_imported():
