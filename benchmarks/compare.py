@@ -112,7 +112,7 @@ def side_by_side(model: str, documents: list[str], settings: dict, options: argp
                 runs[name].append(answer)
             said = answer.get("error") or f"{answer['seconds']:.2f} s"
             print(f"round {number + 1}: {name}: {said}", file=sys.stderr)
-        peaks = [peak for run in runs[measures_peak] for peak in run["matmul_peaks"]]
+        peaks = [run["matmul_peak"] for run in runs[measures_peak]]
         peak = statistics.median(peaks) if peaks else float("nan")
         against = next((name for name in ("plain", "rerank") if runs.get(name)), None)
         reference = runs[against][0]["scores"] if against else None

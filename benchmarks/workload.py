@@ -46,6 +46,7 @@ def _save_random_model(folder: Path, layers: int) -> None:
         intermediate_size=4096,
         max_position_embeddings=8194,
         type_vocab_size=1,
+        layer_norm_eps=1e-5,
         num_labels=1,
         initializer_range=0.05,  # wide enough for scores that differ
     )
