@@ -1,37 +1,42 @@
-"""What each trick of the engine gives, and where its time goes:
-python -m benchmarks.ablation [layers] [documents] [rounds]
+"""What each trick of the engine gives, and where its time goes: python -m benchmarks.ablation --help
 
-All in one process, in turn: by the wall clock, or with one thread (OMP_NUM_THREADS=1) in CPU seconds, which other
-programs disturb less. Each line of the first table leaves one thing out of the engine, or adds
-one that it does not have.
+All in one process, in turn. Each line of the first table leaves one thing out of the engine, or adds one that it does
+not have. The options are those of benchmarks.compare; with --threads 1 --clock cpu other programs disturb least.
 """
 
-import contextlib
-import json
+import argparse
+import functools
 import statistics
-import sys
-import time
-from pathlib import Path
+from contextlib import nullcontext
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks.compare import machine
+from benchmarks.compare import machine, parse
+from benchmarks.worker import CLOCKS
 from benchmarks.workload import QUERY, build_model, texts
 from reranker_helpers import load_reranker, packed, products, score, scoring
 
-now = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-RESULTS = Path(__file__).parent / "results"
+
+def batches(tokens: int, **changes):
+    return patch.multiple(scoring, BATCH_TOKENS={"cpu": tokens, "packed": tokens}, **changes)
 
 
-def without_padding_only(*_):
+def padded(tokens: int = scoring.BATCH_TOKENS["cpu"]):
     """The model's own forward, in sorted batches: what every other model gets."""
-    return patch.object(scoring, "can_pack", lambda *_: False)
+    return batches(tokens, can_pack=lambda *_: False)
 
 
 def route(chosen):
     return patch.object(products, "_route", lambda weight, bias: chosen)
+
+
+def prepacked():
+    """Weights in oneDNN's own order: a second copy of them all."""
+    onednn = torch.ops.mkldnn
+    reorder = functools.cache(lambda weight: onednn._reorder_linear_weight(weight.detach(), 512))
+    return route(lambda rows, weight, bias: onednn._linear_pointwise(rows, reorder(weight), bias, "none", [], ""))
 
 
 def whole_last_layer():
@@ -47,44 +52,6 @@ def whole_last_layer():
     return patch.object(packed, "_attend", whole)
 
 
-def fused_gelu():
-    def feed_forward(layer, hidden):
-        first, second = layer.intermediate.dense, layer.output.dense
-        slices = []
-        for rows in hidden.split(packed.SLICE):
-            inner = torch.ops.mkldnn._linear_pointwise(rows, first.weight, first.bias, "gelu", [], "none")
-            slices.append(packed._norm(packed._linear(inner, second).add_(rows), layer.output.LayerNorm))
-        return torch.cat(slices)
-
-    return patch.object(packed, "_feed_forward", feed_forward)
-
-
-def prepacked():
-    """Weights in oneDNN's own order: a second copy of them all."""
-    copies = {}
-
-    def product(rows, weight, bias):
-        if weight.data_ptr() not in copies:
-            copies[weight.data_ptr()] = torch.ops.mkldnn._reorder_linear_weight(weight, 512)
-        return torch.ops.mkldnn._linear_pointwise(rows, copies[weight.data_ptr()], bias, "none", [], "")
-
-    return route(product)
-
-
-def budget(tokens):
-    return patch.dict(scoring.BATCH_TOKENS, {"cpu": tokens, "packed": tokens})
-
-
-def route_seconds(model) -> float:
-    """Return what the first call spends on finding the fastest route for each shape of weights."""
-    parts = [part for part in model.modules() if isinstance(part, torch.nn.Linear)]
-    shapes = {part.weight.shape: part for part in parts}
-    begin = now()
-    for part in shapes.values():
-        products._faster_route(part.weight.detach(), part.bias.detach())
-    return now() - begin
-
-
 def profile(pairs, reranker) -> list[str]:
     """Return a table of the operations that take most of the time."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
@@ -95,61 +62,55 @@ def profile(pairs, reranker) -> list[str]:
     return ["| operation | share of the engine's time |", "|---|---|", *rows]
 
 
-def main() -> None:
-    layers, count, rounds = (int(value) for value in [*sys.argv[1:], "4", "24", "3"][:3])
-    model, note = build_model(layers)
-    reranker, narrow = load_reranker(model, device="cpu"), load_reranker(model, device="cpu", dtype="int8")
-    pairs = [(QUERY, text) for text in texts(reranker.tokenizer, count)]
+def main(options: argparse.Namespace) -> None:
+    model, note = build_model(options.layers, options.model)
+    reranker, narrow = (load_reranker(model, device="cpu", dtype=dtype) for dtype in ("float32", "int8"))
+    pairs = [(QUERY, text) for text in texts(reranker.tokenizer, options.documents)]
     variants = {
-        "the engine": contextlib.nullcontext,
-        "the engine in int8": contextlib.nullcontext,
-        "padded, the model's own forward": without_padding_only,
-        "torch's products only": lambda: route(F.linear),
-        "oneDNN's products only": lambda: route(products._onednn_linear),
-        "oneDNN's with prepacked weights": prepacked,
-        "the last layer for all tokens": whole_last_layer,
-        "GELU fused into oneDNN's product": fused_gelu,
-        **{f"budget {tokens}": lambda tokens=tokens: budget(tokens) for tokens in (512, 1024, 2048, 4096)},
-        **{
-            f"padded, budget {tokens}": lambda tokens=tokens: stacked(without_padding_only(), budget(tokens))
-            for tokens in (256, 512, 1024, 2048)
-        },
+        "the engine": nullcontext(),
+        "the engine in int8": nullcontext(),
+        "padded, the model's own forward": padded(),
+        "torch's products only": route(F.linear),
+        "oneDNN's products only": route(products._onednn_linear),
+        "oneDNN's with prepacked weights": prepacked(),
+        "the last layer for all tokens": whole_last_layer(),
+        **{f"budget {tokens}": batches(tokens) for tokens in (512, 1024, 2048, 4096)},
+        **{f"padded, budget {tokens}": padded(tokens) for tokens in (256, 512, 1024, 2048)},
     }
+    expected, now = score(pairs[:4], *reranker), CLOCKS[options.clock]
     seconds = {name: [] for name in variants}
-    expected = score(pairs[:4], *reranker)
-    for _ in range(rounds):
-        for name, variant in variants.items():
-            with variant():
+    for _ in range(options.rounds):
+        for name, changed in variants.items():
+            with changed:
                 begin = now()
                 score(pairs, *(narrow if name == "the engine in int8" else reranker))
                 seconds[name].append(now() - begin)
-    found = machine("cpu")
-    lines = [f"{note}; {count} documents, {rounds} rounds, {torch.get_num_threads()} threads of {found['processor']}"]
-    lines += [f"({' '.join(found['instructions'])}), torch {torch.__version__}", ""]
-    lines += ["| | time against the engine |", "|---|---|"]
-    usual = statistics.median(seconds["the engine"])
-    lines += [f"| {name} | {statistics.median(times) / usual:.2f} |" for name, times in seconds.items()]
+    assert score(pairs[:4], *reranker) == expected
+    found, usual = machine("cpu"), statistics.median(seconds["the engine"])
     routes = {str(tuple(q[1])): chosen.__name__ for q, chosen in products._measured.items() if q[0] == "route"}
-    lines += [
+    lines = [
+        "# ablation",
+        "",
+        f"{note}; {len(pairs)} documents, {options.rounds} rounds, {options.threads} threads of {found['processor']}",
+        f"({' '.join(found['instructions'])}), torch {torch.__version__}",
+        "",
+        "| | time against the engine |",
+        "|---|---|",
+        *(f"| {name} | {statistics.median(times) / usual:.2f} |" for name, times in seconds.items()),
         "",
         f"The budget of {scoring.BATCH_TOKENS['packed']} is the engine once more: its distance from 1 is the noise.",
+        "",
+        f"routes that were measured as faster: {routes}",
+        "",
+        *profile(pairs, reranker),
+        "",
+        "The same in int8:",
+        "",
+        *profile(pairs, narrow),
     ]
-    lines += ["", f"routes that were measured as faster: {json.dumps(routes)}"]
-    first, whole = route_seconds(reranker.model), usual / count * 100 * 24 / layers
-    lines += ["", f"Finding them took {first:.2f} s, {first / whole:.1%} of what 100 documents take with 24 layers."]
-    lines += ["", *profile(pairs, reranker), "", "The same in int8:", "", *profile(pairs, narrow)]
-    assert score(pairs[:4], *reranker) == expected
-    (RESULTS / "ablation.md").write_text("\n".join(["# ablation", "", *lines]) + "\n")
+    options.out.with_name("ablation.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
 
-@contextlib.contextmanager
-def stacked(*contexts):
-    with contextlib.ExitStack() as stack:
-        for context in contexts:
-            stack.enter_context(context)
-        yield
-
-
 if __name__ == "__main__":
-    main()
+    main(parse("python -m benchmarks.ablation", layers=4, documents=24))

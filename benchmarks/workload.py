@@ -1,9 +1,15 @@
 """What all variants are given: the model's architecture, a tokenizer of the real one's size, and realistic texts."""
 
 import bisect
+import contextlib
 import json
 import random
 from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import XLMRobertaConfig, XLMRobertaForSequenceClassification
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path(__file__).parent / ".cache"
@@ -12,15 +18,13 @@ QUERY = "How do I share global variables across modules, and why does a local va
 VOCABULARY = 250_002
 
 
-def build_model(layers: int) -> tuple[str, str]:
-    """Return a folder, or a name in the local cache of the hub, and one line that says what it is."""
+def build_model(layers: int, other: Path | None = None) -> tuple[str, str]:
+    """Return the folder of the model, and one line that says what it is."""
+    if other:
+        return str(other.resolve()), other.name
     if layers == 24:
-        try:
-            from huggingface_hub import snapshot_download
-
+        with contextlib.suppress(Exception):  # not in the cache, whatever the reason
             return snapshot_download(MODEL_NAME, local_files_only=True), "the real weights and tokenizer"
-        except Exception:  # not in the cache, whatever the reason
-            pass
     folder = CACHE / f"layers-{layers}"
     note = (
         f"{layers} of 24 layers, all widths as in {MODEL_NAME}, random weights, and a tokenizer of the real one's kind "
@@ -32,9 +36,6 @@ def build_model(layers: int) -> tuple[str, str]:
 
 
 def _save_random_model(folder: Path, layers: int) -> None:
-    import torch
-    from transformers import XLMRobertaConfig, XLMRobertaForSequenceClassification
-
     folder.mkdir(parents=True, exist_ok=True)
     _save_tokenizer(folder)
     config = XLMRobertaConfig(
@@ -46,9 +47,6 @@ def _save_random_model(folder: Path, layers: int) -> None:
         max_position_embeddings=8194,
         type_vocab_size=1,
         layer_norm_eps=1e-5,
-        pad_token_id=1,
-        bos_token_id=0,
-        eos_token_id=2,
         num_labels=1,
         initializer_range=0.05,  # wide enough for scores that differ
     )
@@ -57,12 +55,12 @@ def _save_random_model(folder: Path, layers: int) -> None:
 
 
 def _save_tokenizer(folder: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
-
-    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    special = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     small = Tokenizer(models.Unigram())
     small.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
-    trainer = trainers.UnigramTrainer(vocab_size=8000, special_tokens=special, unk_token="<unk>", show_progress=False)
+    trainer = trainers.UnigramTrainer(
+        vocab_size=8000, special_tokens=list(special.values()), unk_token="<unk>", show_progress=False
+    )
     small.train_from_iterator(_sources(), trainer)
     vocabulary = [tuple(piece) for piece in json.loads(small.to_str())["model"]["vocab"]]
     # Filler pieces that no text holds, up to the real size.
@@ -73,19 +71,9 @@ def _save_tokenizer(folder: Path) -> None:
         single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
     )
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "XLMRobertaTokenizer",
-        "bos_token": "<s>",
-        "cls_token": "<s>",
-        "pad_token": "<pad>",
-        "eos_token": "</s>",
-        "sep_token": "</s>",
-        "unk_token": "<unk>",
-        "mask_token": "<mask>",
-        "model_max_length": 8192,
-        "model_input_names": ["input_ids", "attention_mask"],
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+    settings = special | {"cls_token": "<s>", "sep_token": "</s>", "mask_token": "<mask>", "model_max_length": 8192}
+    settings |= {"tokenizer_class": "XLMRobertaTokenizer", "model_input_names": ["input_ids", "attention_mask"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def _sources() -> list[str]:
@@ -102,14 +90,9 @@ def texts(tokenizer, count: int, seed: int = 0) -> list[str]:
 
 def stretches(tokenizer, lengths: list[int], seed: int = 0) -> list[str]:
     """Return texts of these lengths in tokens, each from another place in the Python FAQ."""
-    text = "\n".join(_sources())
-    text = "\n".join([text, text])  # for the longest, which would run over the end
-    ends = [
-        end
-        for _, end in tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)[
-            "offset_mapping"
-        ]
-    ]
+    text = "\n".join(_sources() * 2)  # twice for the longest, which would run over the end
+    encoded = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+    ends = [end for _, end in encoded["offset_mapping"]]
     generator = random.Random(seed)
     result = []
     for length in lengths:
