@@ -31,11 +31,11 @@ def build_model(layers: int, other: Path | None = None) -> tuple[str, str]:
         f"and size ({VOCABULARY} Unigram pieces, trained on the texts of tests/data) instead of the real one"
     )
     if not (folder / "model.safetensors").exists():
-        _save_random_model(folder, layers)
+        save_random_model(folder, layers)
     return str(folder), note
 
 
-def _save_random_model(folder: Path, layers: int) -> None:
+def save_random_model(folder: Path, layers: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _save_tokenizer(folder)
     config = XLMRobertaConfig(

@@ -47,10 +47,10 @@ def choose_model(path: Path, full_size: Path | None) -> None:
     """Make a model of the full size in a folder; else choose the Local notebook's, and download it here, in sight."""
     sys.path.insert(0, str(ROOT))
     if full_size:
-        from benchmarks.workload import _save_random_model
+        from benchmarks.workload import save_random_model
 
         print("making random weights", flush=True)
-        _save_random_model(full_size, LAYERS)
+        save_random_model(full_size, LAYERS)
         os.environ["RERANKER_MODEL"] = str(full_size)
     elif path == LOCAL:
         from huggingface_hub import hf_hub_download

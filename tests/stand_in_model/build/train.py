@@ -76,9 +76,7 @@ def fact(groups: list[dict], rng: np.random.Generator) -> tuple[str, list[str], 
     return query, documents, target
 
 
-def found(
-    groups: list[dict], often: np.ndarray, size: int, rng: np.random.Generator
-) -> tuple[str, list[str], Tensor]:
+def found(groups: list[dict], often: np.ndarray, size: int, rng: np.random.Generator) -> tuple[str, list[str], Tensor]:
     """The same from groups.jsonl, documents cut at `size` characters."""
     group = groups[int(np.searchsorted(often, rng.random() * often[-1], side="right"))]
     wrong = 1 + rng.choice(len(group["documents"]) - 1, WRONG, replace=False)
