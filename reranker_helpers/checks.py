@@ -93,9 +93,9 @@ def check_limits(
     limit = tokenizer.model_max_length
     config = getattr(model, "config", None)
     positions = getattr(config, "max_position_embeddings", None)
-    if positions:
-        # bge-reranker-v2-m3 has 8194 positions, of which 8192 serve.
-        offset = config.pad_token_id + 1 if config.model_type in COUNT_FROM_PAD else 0
+    if positions and positions > 0:  # XLNet says -1: it has no limit
+        # bge-reranker-v2-m3 has 8194 positions but reads 8192 tokens.
+        offset = config.pad_token_id + 1 if _counts_from_pad(config) else 0
         limit = min(limit, positions - offset)
     if max_length > limit:
         raise ValueError(f"max_length is {max_length}, but the model reads at most {limit} tokens")
@@ -133,7 +133,13 @@ def check_model(model: Callable[..., Any], tokenizer: PreTrainedTokenizerBase, d
         raise TypeError(f"model is {type(model).__name__}, expected one from load_reranker, or one like it")
     if not getattr(tokenizer, "is_fast", False):
         raise TypeError(f"tokenizer is {type(tokenizer).__name__}, expected a fast one: it knows each token's place")
-    pad = getattr(getattr(model, "config", None), "pad_token_id", None)
+    config = getattr(model, "config", None)
+    pad = getattr(config, "pad_token_id", None)
+    if pad is None and _counts_from_pad(config):
+        raise ValueError(
+            f"model.config.pad_token_id is None, but {config.model_type} counts positions from it: in config.json set "
+            f"what the model was trained with (the tokenizer has {tokenizer.pad_token_id}), and load the model again"
+        )
     if tokenizer.pad_token_id is not None and pad is not None and pad != tokenizer.pad_token_id:
         # A decoder finds the end of a text by it, and the RoBERTa family the positions.
         raise ValueError(
@@ -147,3 +153,7 @@ def check_model(model: Callable[..., Any], tokenizer: PreTrainedTokenizerBase, d
     weight = next(model.parameters(), None)
     if weight is not None and weight.device.type != device.type:
         raise ValueError(f"device is {str(device)!r}, but the model is on {str(weight.device)!r}: pass that one")
+
+
+def _counts_from_pad(config: object) -> bool:
+    return getattr(config, "model_type", None) in COUNT_FROM_PAD

@@ -23,6 +23,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from .checks import check_model
 from .int8 import Grid, QuantisedLinear, levels_for
 from .packed import can_pack, run_packed
 from .products import linear
@@ -78,6 +79,7 @@ def quantise(
     device = torch.device("cpu")
     if not can_pack(model, device) or model.dtype != torch.float32:
         raise ValueError(f"int8 takes an unchanged XLM-RoBERTa in float32 on the CPU, not this {type(model).__name__}")
+    check_model(model, tokenizer, device)
     windows = tokenise(TEXTS, tokenizer, 40, None)
     *layers, last = model.roberta.encoder.layer
     for layer in [*layers, last]:

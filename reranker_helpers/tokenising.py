@@ -145,6 +145,11 @@ def _without_controls(
     `split_special_tokens=True` does not do it for XLM-RoBERTa, whose vocabulary holds the special tokens as pieces too.
     """
     unknown = tokenizer.pad_token_id if tokenizer.unk_token_id is None else tokenizer.unk_token_id
+    if unknown is None:
+        raise ValueError(
+            "a text spells out a special token of the tokenizer, which has no unknown and no pad token to put in its "
+            "place: set tokenizer.pad_token"
+        )
     return [
         unknown if sequence is not None and token in controls else token
         for token, sequence in zip(token_ids, sequences, strict=True)
