@@ -91,6 +91,10 @@ def load_reranker(
     if refused:
         raise ValueError(refused)
     check_complete(model_name, model, tokenizer, report)
+    if not getattr(config, "quantization_config", None):
+        for weight in model.parameters():
+            if weight.is_floating_point() and weight.element_size() == 1:
+                weight.data = weight.to(dtype)  # Transformers 4 leaves weights that are stored in float8 as they are
     if int8:
         quantise(
             model.eval(), tokenizer, model_name if os.path.isdir(model_name) else cached_folder(model_name, revision)
