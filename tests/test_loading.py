@@ -1,16 +1,21 @@
 """`load_reranker`: the defaults, what it refuses, and what it says when weights can't be had."""
 
+import doctest
+import importlib
 import logging
+import pkgutil
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import make_model, make_tokenizer
 
-from reranker_helpers import Reranker, load_reranker, rerank
+import reranker_helpers
+from reranker_helpers import Reranker, load_reranker, rerank, score
 
 
 def test_a_folder_loads_ready_to_rerank(tiny_folder, caplog):
@@ -107,3 +112,17 @@ def test_importing_takes_no_longer_than_torch_and_transformers():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_the_examples_in_docstrings_are_true(monkeypatch):
+    """Of the whole package. What `load_reranker` loads by default is the stand-in here."""
+    monkeypatch.setattr(load_reranker, "__defaults__", (Path(__file__).with_name("stand_in_model"),))
+    names = [module.name for module in pkgutil.iter_modules(reranker_helpers.__path__, "reranker_helpers.")]
+    results = [
+        doctest.testmod(
+            importlib.import_module(name), extraglobs={"score": score, "reranker": load_reranker(device="cpu")}
+        )
+        for name in ["reranker_helpers", *names]
+    ]
+    assert sum(result.failed for result in results) == 0
+    assert sum(result.attempted for result in results) > 20
