@@ -5,8 +5,8 @@
     token = get_bearer_token_provider(DefaultAzureCredential(), "https://ml.azure.com/.default")
     ranking = rerank_remote("what is a panda?", documents, top_n=3, url=scoring_uri, token=token)
 
-A search must not fail with its reranker, nor wait for it for long. So a call has a budget of time, in which failures
-that may pass are tried again. After that the documents come back in the order in which they were given.
+A search must not fail because its reranker does, nor wait long for it. So a call has a time budget. Within it, failures
+that may be temporary are retried; after it, the documents come back in the order in which they were given.
 """
 
 import json
@@ -22,21 +22,22 @@ from typing import Any, NamedTuple
 import requests
 
 MAX_DOCUMENTS, MAX_BYTES = 1000, 8 * 2**20
-"""What a request may hold. A deployment that takes less answers 413, and the request is sent in two halves."""
+"""The most that one request holds. If the deployment's limits are lower it answers 413, and the request is halved."""
 
 RETRIED = {408, 429, 500, 502, 503, 504}
-"""A timeout, too many requests, or a server that fails or restarts: the next try may succeed."""
+"""HTTP statuses that may be temporary: a timeout, too many requests, a server that fails or restarts."""
 
 logger = logging.getLogger(__name__)
 
 
 class Result(NamedTuple):
-    """A document, and its position in the input."""
+    """A document and its score."""
 
     document: str
     score: float | None
     """The raw logit; None if the documents were not reranked."""
     index: int
+    """Position in the input."""
 
 
 class Ranking(NamedTuple):
@@ -45,7 +46,7 @@ class Ranking(NamedTuple):
     results: list[Result]
     reranked: bool
     reason: str
-    """Why they were not reranked, else empty. It never quotes a text."""
+    """Why they were not reranked, else "". It never quotes the query or a document."""
 
 
 class RerankFailed(Exception):
@@ -67,22 +68,25 @@ def rerank_remote(
 ) -> Ranking:
     """Sort documents by their relevance to a query, best first.
 
-    Documents that are too many for one request are sent in parts, one after the other, and merged: scores of different
-    requests can be compared. If a part fails, the whole call has failed.
+    Too many documents for one request are sent in several, one after the other, and merged: scores of different
+    requests can be compared. If one of them fails, the whole call fails.
 
     Args:
         query: the question or search text.
-        documents: strings, in the order of the first stage.
+        documents: strings, in the order of the first-stage search.
         top_n: how many to return, at least 1. Default: all.
         url: the endpoint's scoring URI.
         token: the endpoint's key, or a function that returns a valid token.
-        budget: seconds that the call may take, the token included.
-        fail_open: whether to return the documents as they were given if they can't be reranked in time, or to raise.
-        max_length, stride: as `rerank` has them. Default: the endpoint's.
-        session: to keep connections open from call to call.
+        budget: seconds that the call may take, getting the token included.
+        fail_open: if the documents cannot be reranked in time, whether to return them as given (True) or to raise.
+        max_length, stride: in tokens, as in `reranker_helpers.rerank`. Default: the endpoint's, 512 and no windows.
+        session: keeps connections open between calls. Default: a new connection for each request.
+
+    Returns:
+        A `Ranking`; its scores are raw logits.
 
     Raises:
-        TypeError, ValueError: query or documents are no strings, or `top_n` is below 1.
+        TypeError, ValueError: query or documents are not strings, or `top_n` is below 1.
         RerankFailed: the documents could not be reranked, and `fail_open` is False.
     """
     if isinstance(documents, str):
@@ -103,7 +107,7 @@ def rerank_remote(
         except Exception as error:
             outcome.put(error)
 
-    # In a thread, because names and tokens have no timeout, and that of requests is for each read, not for all.
+    # In a thread, because looking up a name and getting a token have no timeout, and that of `requests` is per read.
     threading.Thread(target=work, daemon=True).start()
     try:
         logits = outcome.get(timeout=budget)
@@ -120,7 +124,7 @@ def rerank_remote(
 
 
 def _logits(request: dict[str, Any], documents: list[str], send: Callable[..., Any]) -> dict[int, float]:
-    """Return the logits of the documents, at least of the best `top_n`, by their index."""
+    """Return logits by index, of all documents or at least of the best `top_n`. Raises RerankFailed."""
     logits: dict[int, float] = {}
     parts = [
         range(begin, min(begin + MAX_DOCUMENTS, len(documents))) for begin in range(0, len(documents), MAX_DOCUMENTS)
@@ -144,7 +148,7 @@ def _logits(request: dict[str, Any], documents: list[str], send: Callable[..., A
 
 
 class _Sender(NamedTuple):
-    """Sends a request, again and again if need be, until the deadline."""
+    """Sends a request, and again after temporary failures, until the deadline."""
 
     url: str
     token: str | Callable[[], str]
@@ -152,7 +156,7 @@ class _Sender(NamedTuple):
     deadline: float
 
     def __call__(self, body: bytes) -> tuple[int, dict[str, Any]]:
-        """Return the status and the JSON of the answer. The script's own status, where Azure hides it behind 424."""
+        """Return the answer's status and JSON; where Azure hides the scoring script's status behind 424, that one."""
         pause = 0.1
         while True:
             token = self.token() if callable(self.token) else self.token
@@ -168,7 +172,7 @@ class _Sender(NamedTuple):
                     return status, answer
             except requests.RequestException as error:
                 failure = error
-            # By chance, or all clients would come back at the same moment.
+            # Random, or all clients would come back at the same moment.
             wait = max(random.uniform(pause / 2, pause), float(after) if after.isdecimal() else 0.0)
             if time.monotonic() + wait > self.deadline:
                 if failure is None:

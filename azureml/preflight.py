@@ -1,6 +1,6 @@
 """Before anything costs money: is everything there that the notebook needs?
 
-It only looks. Chapters are those of BGE_Reranker_AzureML.ipynb.
+The checks change nothing. Chapters are those of BGE_Reranker_AzureML.ipynb.
 """
 
 import math
@@ -16,10 +16,10 @@ ARM = "https://management.azure.com"
 ML = "Microsoft.MachineLearningServices"
 
 MACHINES = {"Standard_F8s_v2": ("FSv2", 8), "Standard_NC4as_T4_v3": ("NCASv3_T4", 4)}
-"""The family that Azure counts a machine's quota in, and its cores."""
+"""The machine's family in Azure's quotas, and its number of cores."""
 
 PROVIDERS = (ML, "Microsoft.PolicyInsights", "Microsoft.Cdn")
-"""What a subscription must have registered before it can have a managed online endpoint."""
+"""Resource providers that a subscription must have registered before it can have a managed online endpoint."""
 
 ACTIONS = {
     f"{ML}/workspaces/models/versions/write": "chapter 7 on",
@@ -29,13 +29,13 @@ ACTIONS = {
     f"{ML}/workspaces/batchEndpoints/write": "chapter 16",
     f"{ML}/workspaces/computes/write": "chapter 16",
 }
-"""What the caller's role must allow, and what needs it."""
+"""Actions that the caller's role must allow, and the chapters that need them."""
 
 OFFLINE = "Chapters 1, 2 and 4 to 6 need no account"
 
 
 class Check(NamedTuple):
-    """One thing that was looked at. `ok` is None where it could not be seen."""
+    """The result of one check. `ok` is None if Azure did not let the caller see it."""
 
     ok: bool | None
     what: str
@@ -47,16 +47,16 @@ class Check(NamedTuple):
 
 
 def preflight(client: MLClient, credential: TokenCredential, machine: str, batch_machines: int = 2) -> list[Check]:
-    """Look at sign-in, workspace, resource providers, role and quota.
+    """Check sign-in, workspace, resource providers, role and quota.
 
     Args:
-        client: of the workspace.
-        credential: who will run the notebook.
-        machine: the machine of the online deployments and of the batch cluster, one of `MACHINES`.
-        batch_machines: how many the batch job takes.
+        client: for the workspace.
+        credential: of the person who will run the notebook.
+        machine: the type of machine for the online deployments and the batch cluster, one of `MACHINES`.
+        batch_machines: how many machines the batch job uses.
 
     Returns:
-        What was found, in the order in which it is needed. Where one thing hides all others, it is the last.
+        The checks, in the order of the chapters. The list ends early if sign-in or the workspace is missing.
     """
     try:
         token = credential.get_token(f"{ARM}/.default").token
@@ -112,9 +112,9 @@ def _role(workspace: str, get) -> list[Check]:
 
 
 def _allows(permission: dict, action: str) -> bool:
-    """Whether a role's actions, less its notActions, have this one.
+    """Whether a role's actions, less its notActions, include this one.
 
-    "computes/*/write" excludes "computes/write", too: that is how Microsoft describes the role that has it.
+    "computes/*/write" excludes "computes/write" too: Microsoft's description of AzureML Data Scientist implies it.
     """
 
     def has(patterns: list[str]) -> bool:
@@ -132,7 +132,7 @@ def _quota(location: str, client: MLClient, machine: str, batch_machines: int, g
     found = get(f"/subscriptions/{client.subscription_id}/providers/{ML}/locations/{location}/usages", "2024-04-01")
     if found is None:
         return [Check(None, f"quota of {family}", "You may not see it: look in Azure ML Studio, Quota.")]
-    # The list names a family again for each workspace and cluster that uses it.
+    # The list repeats a family for each workspace and cluster that uses it.
     levels = (f"{ML}/vmFamily/usages", f"{ML}/dedicatedCores/usages")
     free = {
         usage["name"]["value"]: math.inf if usage["limit"] < 0 else usage["limit"] - usage["currentValue"]
@@ -142,7 +142,7 @@ def _quota(location: str, client: MLClient, machine: str, batch_machines: int, g
     of_family = [count for name, count in free.items() if f"{family} Family Cluster Dedicated" in name]
     left = min([*of_family, free.get("Total Cluster Dedicated Regional vCPUs", math.inf)]) if of_family else 0
     checks = []
-    one = cores * 2  # an instance, and one in reserve for upgrades: a fifth of them, rounded up
+    one = cores * 2  # an instance, and a fifth of the instances, rounded up, that Azure reserves for upgrades
     for needed, what in [
         (one, "one deployment, chapters 9 to 15"),
         (2 * one, "a second one beside it, chapter 12"),

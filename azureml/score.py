@@ -1,10 +1,10 @@
 """Scoring script of the online endpoint: a request in, the ranking as JSON out.
 
-Azure's inference server calls `init()` once per worker and `run()` per request. Everything between the request's bytes
-and the answer is `answer()`, a plain function that needs no server.
+Azure's inference server calls `init()` once per worker and `run()` once per request. `answer()` turns the request's
+bytes into the answer; it is a plain function that needs no server.
 
 Request: {"query": str, "documents": [str or {"text": str}], "top_n"?: int, "return_documents"?: bool,
-          "max_length"?: int, "stride"?: int, "max_tokens_per_doc"?: int, "model"?: str}
+          "max_length"?: int, "stride"?: int, "max_tokens_per_doc"?: int, "model"?: str}, lengths in tokens
 Answer:  {"model": str, "results": [{"index": int, "relevance_score": float, "logit": float, "truncated": bool,
           "document"?: {"text": str}}], "usage": {"total_tokens": int}}, best document first
 Error:   {"error": {"code": str, "message": str}}
@@ -21,7 +21,7 @@ import flask
 from azureml_inference_server_http.api.aml_request import rawhttp
 from azureml_inference_server_http.api.aml_response import AMLResponse
 
-# The server puts neither this folder nor the one above it on the path; reranker_helpers is uploaded beside azureml/.
+# The server puts neither this folder nor its parent on the path; reranker_helpers is uploaded beside azureml/.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -30,14 +30,14 @@ from wire import Limits, Refused, Request, check_tokens, error_json, length_of, 
 
 from reranker_helpers import Reranker, rerank
 
-# The server configures handlers for "azmlinfsrv" and what is below it. INFO lines of other loggers are lost.
+# The server has handlers for "azmlinfsrv" and its children only: INFO lines of other loggers are lost.
 logger = logging.getLogger("azmlinfsrv.score")
 
 
 def init() -> None:
-    """Load the model, as `weights.load_model` says, and read the limits.
+    """Load the model and read the limits from the environment.
 
-    Raises also ValueError: a limit in the environment is no positive whole number.
+    Raises what `weights.load_model` raises, and ValueError if a limit is not a positive whole number.
     """
     global _reranker, _model_name, _limits
     started = time.perf_counter()
@@ -55,21 +55,21 @@ def answer(
 
     Args:
         body: the request's JSON in UTF-8.
-        reranker: from `load_reranker`. One call at a time.
-        model_name: what the answer's "model" says.
-        limits: what the request may ask for.
-        request_id: what the message and the log call the request if it fails for an internal reason.
+        reranker: from `load_reranker`.
+        model_name: for the answer's "model".
+        limits: of the request.
+        request_id: names the request in the answer and the log after an internal error.
 
     Returns:
-        HTTP status and the JSON of the answer or the error. It never raises.
+        HTTP status, and the answer or the error as JSON. It never raises.
     """
     try:
         return 200, _rank(parse(body, limits), reranker, model_name, limits)
     except Refused as refused:
         return refused.status, error_json(refused.code, str(refused))
     except Exception as error:
-        # Frames and type only: an exception's message may quote the text that it is about. Torch's cannot, it has only
-        # numbers, and is needed to understand it.
+        # Type and frames only, because an exception's message may quote a text. Those of torch hold only numbers, and
+        # are needed.
         frames = "".join(traceback.format_tb(error.__traceback__))
         message = str(error) if isinstance(error, RuntimeError | ArithmeticError) else "message withheld"
         logger.error("request %s failed: %s (%s)\n%s", request_id, type(error).__name__, message, frames)
@@ -93,7 +93,7 @@ def _rank(request: Request, reranker: Reranker, model_name: str, limits: Limits)
         | ({"document": {"text": result.document}} if options.return_documents else {})
         for result in results[: options.top_n]
     ]
-    read = {result.document: result.tokens for result in results}  # equal documents are read once
+    read = {result.document: result.tokens for result in results}  # equal documents are read, and counted, once
     return {"model": model_name, "results": ranking, "usage": {"total_tokens": sum(read.values())}}
 
 
@@ -101,10 +101,10 @@ def _rank(request: Request, reranker: Reranker, model_name: str, limits: Limits)
 def run(request: flask.Request) -> AMLResponse:
     """Serve one HTTP request.
 
-    It takes the raw request, because only there are the content type, and bytes that are no UTF-8, and the size before
-    the body is read.
+    It takes the raw request for its content type, for bytes that are not UTF-8, and to limit the size while reading.
     """
-    # The rest is read too and thrown away: a connection that is closed with bytes on the way loses the answer.
+    # The rest is read and discarded: if the connection were closed before the client has sent all, it would miss the
+    # answer.
     body = request.stream.read(_limits.body_bytes + 1)
     while request.stream.read(2**16):
         pass

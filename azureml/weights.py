@@ -5,32 +5,34 @@ from pathlib import Path
 
 from reranker_helpers import Reranker, load_reranker, score
 
+# Related and unrelated, short and long: a model that gives all of them the same logit ranks nothing.
 WARM_UP = [("what is a panda?", text) for text in ("a panda is a bear", "law", "bread is baked in an oven, " * 9)]
 
 
 def load_model() -> tuple[Reranker, str]:
-    """Load the model from the folder in AZUREML_MODEL_DIR, and score once, so that the first request isn't slow.
+    """Load the model from the folder in AZUREML_MODEL_DIR, and score once, so that the first request is not slow.
 
-    RERANKER_DEVICE may name a device, RERANKER_MODEL_NAME the model.
+    The environment variable RERANKER_DEVICE sets the device (default: that of `load_reranker`), and RERANKER_MODEL_NAME
+    the model's name in answers (default: the name of the folder).
 
     Returns:
-        The reranker, and what answers call the model.
+        The reranker, and the model's name.
 
     Raises:
-        RuntimeError: the weights are missing or incomplete, then the message lists the folder; or the device is not
-            there; or the model gives the same logit for everything.
+        RuntimeError: the weights are missing, incomplete, or give every text the same logit (the message lists the
+            folder), or the device does not exist.
         ArithmeticError: the model returns NaN or an infinity.
     """
     folder = find_model(os.environ.get("AZUREML_MODEL_DIR", ""))
     try:
-        # A folder's path, so nothing is looked up on the hub. A deployment that pays for a GPU says "cuda", so that a
-        # missing driver fails here and now, not as a slow endpoint.
+        # With a folder, the hub is not asked. A deployment that pays for a GPU sets "cuda", so that a missing driver
+        # fails here and does not make a slow endpoint.
         reranker = load_reranker(folder, device=os.environ.get("RERANKER_DEVICE"))
     except (OSError, ValueError) as error:
         raise RuntimeError(f"{error}. {_listing(folder)}") from error
     logits = score(WARM_UP, *reranker)
     if len(set(logits)) == 1:
-        # Such as weights of zeros, where an upload or a copy left a hole in the file.
+        # Such as weights that are all zero, because an upload or a copy left a hole in the file.
         raise RuntimeError(
             f"the model gives the logit {logits[0]} to every text: check the weights. {_listing(folder)}"
         )
@@ -38,9 +40,9 @@ def load_model() -> tuple[Reranker, str]:
 
 
 def find_model(model_dir: str) -> Path:
-    """Return the one folder with a config.json at or below `model_dir`: how deep Azure puts it depends on the upload.
+    """Return the one folder with a config.json in or below `model_dir`: how deep it lies depends on the upload.
 
-    Raises RuntimeError, with a listing of what is there, when there is none or more than one.
+    Raises RuntimeError if there is none or more than one. The message lists the files.
     """
     root = Path(model_dir).absolute()
     if not model_dir or not root.is_dir():
@@ -52,7 +54,7 @@ def find_model(model_dir: str) -> Path:
 
 
 def _listing(root: Path) -> str:
-    # Sizes, because a file may be there and yet be the text of a pointer to it.
+    # With sizes, because a file may be a Git LFS pointer of 130 bytes.
     files = [file for file in sorted(root.rglob("*")) if file.is_file()]
     lines = [f"  {file.relative_to(root)}  {file.stat().st_size:,} bytes" for file in files[:100]]
     return "\n".join([f"The model folder {root} holds {len(files)} files:", *lines])

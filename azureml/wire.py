@@ -11,12 +11,12 @@ from reranker_helpers.checks import check_limits, check_text, query_names
 from reranker_helpers.tokenising import count_tokens
 
 TOKENIZER_TOKENS = 2_000_000
-"""What the tokenizer may produce for one request: it keeps about 300 bytes a token, also of text that is cut off."""
+"""The most tokens that the tokenizer may produce for a request. Each takes about 300 bytes, even if it is cut off."""
 
 OPTIONS = ("top_n", "return_documents", "max_length", "stride", "model")
 FIELDS = ("query", "documents", *OPTIONS, "max_tokens_per_doc")
 
-# Fields that clients of other services send, and what does here what they mean.
+# Fields that other services' clients send, and what to send here instead.
 ELSEWHERE = {
     "rank_fields": "send one text for each document",
     "max_chunks_per_doc": "stride reads long documents whole",
@@ -30,22 +30,22 @@ ELSEWHERE = {
 
 
 class Limits(NamedTuple):
-    """What one request may ask for. A request at the limits must end within the deployment's timeout.
+    """The largest request that is accepted. One of this size must finish within the deployment's timeout.
 
-    Each can be set by an environment variable of the deployment: RERANKER_MAX_DOCUMENTS, RERANKER_MAX_TOKENS,
-    RERANKER_MAX_LENGTH, RERANKER_MAX_BODY_BYTES.
+    The deployment's environment variables RERANKER_MAX_DOCUMENTS, RERANKER_MAX_TOKENS, RERANKER_MAX_LENGTH and
+    RERANKER_MAX_BODY_BYTES override the defaults.
     """
 
     documents: int = 1000
     tokens: int = 512_000
-    """Sum over all inputs of the model, the query's tokens counted each time: 1,000 documents of 512."""
+    """Tokens of all inputs of the model, the query's counted each time: 1,000 inputs of 512."""
     length: int = 8192
-    """The largest `max_length`; the model's own limit holds too."""
+    """The largest `max_length`, in tokens. The model's own limit holds too."""
     body_bytes: int = 8 * 2**20
 
     @classmethod
     def from_environment(cls) -> "Limits":
-        """Read the variables. Raises ValueError for a value that is no positive whole number."""
+        """Read the variables. Raises ValueError for a value that is not a positive whole number."""
         limits = {}
         for field in cls._fields:
             variable = f"RERANKER_MAX_{field.upper()}"
@@ -57,18 +57,18 @@ class Limits(NamedTuple):
 
 
 class Options(NamedTuple):
-    """How to rank, checked."""
+    """How to rank: the checked values of a request, lengths in tokens."""
 
     top_n: int | None
     return_documents: bool
     max_length: int
     stride: int | None
     max_tokens_per_doc: int | None
-    """Cohere's limit, of a document alone. `length_of` makes a `max_length` of it."""
+    """Cohere's limit, which is for the document alone. `length_of` turns it into a `max_length`."""
 
 
 class Request(NamedTuple):
-    """A request that is well-formed and within the limits, as far as that shows without counting tokens."""
+    """A well-formed request within the limits, except for those that need tokens to be counted."""
 
     query: str
     documents: list[str]
@@ -76,7 +76,7 @@ class Request(NamedTuple):
 
 
 class Refused(Exception):
-    """The request can't be served, and the client can mend it: the HTTP status, a code and a message for the client."""
+    """A request that the client has to change. It has the HTTP status, a code and a message for the client."""
 
     def __init__(self, status: int, code: str, message: str):
         super().__init__(message)
@@ -85,18 +85,18 @@ class Refused(Exception):
 
 
 def error_json(code: str, message: str) -> dict[str, Any]:
-    """Return an error as clients get it. The Azure SDK understands this form, and crashes on {"error": "text"}."""
+    """Return an error as clients get it: in the form that the Azure SDK expects. It crashes on {"error": "text"}."""
     return {"error": {"code": code, "message": message}}
 
 
 def parse(body: bytes, limits: Limits) -> Request:
-    """Check a request's JSON. Raises `Refused`, whose message names the field and never quotes a text."""
+    """Parse and check a request's JSON. Raises `Refused`, whose message names the field and never quotes a text."""
     check_size(body, limits)
     return check_request(known_fields(load_object(body), FIELDS), limits)
 
 
 def check_size(body: bytes, limits: Limits, what: str = "the body") -> None:
-    """Raise `Refused`, whose message calls the bytes `what`, if they are too many."""
+    """Raise `Refused` if `body` is larger than `limits.body_bytes`. The message calls it `what`."""
     if len(body) > limits.body_bytes:
         raise Refused(
             413, "BodyTooLarge", f"{what} has more than {limits.body_bytes:,} bytes: send fewer or shorter documents"
@@ -104,9 +104,9 @@ def check_size(body: bytes, limits: Limits, what: str = "the body") -> None:
 
 
 def load_object(body: bytes, what: str = "the body") -> dict[str, Any]:
-    """Read a JSON object. Raises `Refused`, whose message calls the bytes `what`."""
+    """Parse a JSON object. Raises `Refused`, whose message calls it `what`."""
     try:
-        # utf-8-sig: Windows tools begin UTF-8 with a mark
+        # utf-8-sig, because Windows tools begin UTF-8 with a byte order mark
         text = body.decode("utf-8-sig")
         fields = json.loads(text, parse_constant=_no_constant, object_pairs_hook=lambda pairs: _once(pairs, what))
     except UnicodeDecodeError as error:
@@ -123,8 +123,8 @@ def load_object(body: bytes, what: str = "the body") -> dict[str, Any]:
 
 
 def known_fields(fields: dict[str, Any], names: tuple[str, ...], or_null: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return the fields that are not null. Raises `Refused` for one not in `names`. Those in `or_null`, and those
-    of other services' clients, may be there with null."""
+    """Return the fields that are not null. Raises `Refused` for a field not in `names`, unless it is null and named in
+    `or_null` or `ELSEWHERE`."""
     for name, value in fields.items():
         if name not in names and (value is not None or name not in (*or_null, *ELSEWHERE)):
             remedy = ELSEWHERE.get(name, f"the fields are {', '.join(names)}")
@@ -133,7 +133,7 @@ def known_fields(fields: dict[str, Any], names: tuple[str, ...], or_null: tuple[
 
 
 def check_request(fields: dict[str, Any], limits: Limits) -> Request:
-    """Check the values of a request's fields. Raises `Refused`, as `parse`."""
+    """Check the values of a request's fields. Raises `Refused`, as `parse` does."""
     for name in ("query", "documents"):
         if name not in fields:
             raise Refused(400, "MissingField", f"{name} is missing: a request needs query and documents")
@@ -144,8 +144,8 @@ def check_request(fields: dict[str, Any], limits: Limits) -> Request:
 
 
 def check_options(fields: dict[str, Any], limits: Limits) -> Options:
-    """Check the values of the fields that say how to rank, and fill in defaults. Raises `Refused`, as `parse`."""
-    _text("model", fields.get("model", ""))  # many clients send it; the answer says which model it was
+    """Check the fields that say how to rank, and fill in defaults. Raises `Refused`, as `parse` does."""
+    _text("model", fields.get("model", ""))  # many clients send it; the answer names the model that was used
     if "max_tokens_per_doc" in fields and ("max_length" in fields or "stride" in fields):
         raise Refused(422, "OutOfRange", "max_tokens_per_doc excludes max_length and stride: send one or the other")
     return Options(
@@ -158,9 +158,9 @@ def check_options(fields: dict[str, Any], limits: Limits) -> Options:
 
 
 def length_of(query: str, options: Options, reranker: Reranker, limits: Limits) -> int:
-    """Return the `max_length` of the pairs with this query.
+    """Return the `max_length` in tokens for pairs with this query.
 
-    It is at most what the deployment allows: Cohere's clients send 4,096 tokens a document, whatever their lengths.
+    A `max_tokens_per_doc` beyond the deployment's limit is lowered, not refused: some Cohere clients always send 4,096.
     """
     if options.max_tokens_per_doc is None:
         return options.max_length
@@ -178,7 +178,7 @@ def check_query(name: str, value: object) -> str:
 
 
 def check_document(name: str, value: object) -> str:
-    """Return the text of a document, a string or {"text": a string}. Raises `Refused`, as `check_query`."""
+    """Return the text of a document, a string or {"text": a string}. Raises `Refused`, as `check_query` does."""
     if isinstance(value, dict) and "text" in value:
         return _text(f"{name}.text", value["text"])
     if not isinstance(value, str):
@@ -187,7 +187,7 @@ def check_document(name: str, value: object) -> str:
 
 
 def check_count(name: str, values: object, limits: Limits) -> None:
-    """Raise `Refused` if `values`, documents or pairs, are no list, or too many."""
+    """Raise `Refused` if `values`, documents or pairs, are not a list, or are more than `limits.documents`."""
     if not isinstance(values, list):
         raise Refused(400, "WrongType", f"{name} is {_kind(values)}, expected a list")
     if len(values) > limits.documents:
@@ -207,8 +207,8 @@ def check_tokens(
     reranker: Reranker,
     limits: Limits,
 ) -> None:
-    """Refuse, before the model runs, (query, document) pairs that leave no room for a document, or that would keep the
-    model busy too long or fill the memory. `name` is what the request calls its list: "documents" or "pairs"."""
+    """Raise `Refused`, before the model runs, for (query, document) pairs that leave no room for a document, or would
+    take too long or too much memory. `name` is what the request calls its list: "documents" or "pairs"."""
     model, tokenizer, _ = reranker
     names = query_names(pairs, name)
     try:
@@ -220,7 +220,7 @@ def check_tokens(
     if not pairs:
         return
     if stride is None and len(pairs) * max_length <= limits.tokens and characters <= TOKENIZER_TOKENS:
-        return  # it cannot be too much, so counting would only take time
+        return  # cannot exceed the limits, so counting would only cost time
     special = tokenizer.num_special_tokens_to_add(pair=True)
     frames = {query: special + count for query, count in zip(names, count_tokens(list(names), tokenizer), strict=True)}
     overlap = stride or 0
@@ -256,7 +256,7 @@ def _no_constant(name: str) -> None:
 
 
 def _once(pairs: list[tuple[str, Any]], what: str) -> dict[str, Any]:
-    """Make an object. Python's own way would let the last of two equal names win, without a word."""
+    """Make an object of its fields. Raises `Refused` if two have the same name: `json` would silently keep the last."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
@@ -294,11 +294,11 @@ def _whole_number(fields: dict[str, Any], name: str, *, at_least: int, at_most: 
 
 
 def whole(value: object) -> object:
-    """Return an int for a float such as 3.0, which is how pandas writes a whole number of a column with gaps."""
+    """Return 3 for 3.0, which is how pandas writes whole numbers in a column with gaps; other values unchanged."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _kind(value: object) -> str:
-    """Return what JSON calls the type of a value."""
+    """Return the type of a value in JSON's terms."""
     names = {type(None): "null", bool: "true or false", int: "a number", float: "a number with a fraction"}
     return names.get(type(value)) or {str: "a string", list: "a list", dict: "an object"}[type(value)]

@@ -1,21 +1,21 @@
 """Scoring script of the batch endpoint: files of requests in, a row a document out.
 
-Azure's batch engine calls `init()` once per process and `run()` with the paths of some files. It gives files whose
-`run()` raised, or whose process died, to a process again, and appends what `run()` returned to one file, in any order.
+Azure's batch engine calls `init()` once per process and `run()` with the paths of some files. If `run()` raises or the
+process dies, the engine tries these files again. What `run()` returns is appended to one file, in any order.
 
-The engine imports this script as the module `azureml_batch.batch_score`, when Microsoft's package `azureml` has been
-loaded. That is why it has a folder of another name than the rest, where it would not be found.
+The engine imports this script as the module `azureml_batch.batch_score`, after Microsoft's package `azureml`. In the
+folder azureml/ the script would not be found, because that package has the same name.
 
 Line:  {"id": str or int, "query": str, "documents": [str or {"text": str}], ...}, with the options of the online
-       endpoint, or {"id": str or int, "pairs": [[query, document], ...], ...} with the same options; null is absent
+       endpoint, or {"id": str or int, "pairs": [[query, document], ...], ...} with the same options; null means absent
 Row:   {"id", "index", "logit", "relevance_score", "rank", "truncated", "document"?}, JSON on one line
 Error: {"id", "file", "line", "error": {"code": str, "message": str}}, in place of the line's rows
 
 `index` is the position in documents or pairs. `rank` 1 is the best of the line's documents for the same query. A line
-without documents has one row, in which everything but the id is null. Every line has a row; empty ones are skipped.
+without documents has one row, in which everything but the id is null. Empty lines are skipped; every other has a row.
 
-Ids are to be unique in the whole input. One that repeats within a file is an error; over several files, which different
-machines may score, only the reader of the rows can see it: `id` and `index` together are then there twice.
+Ids must be unique in the whole input. One that repeats within a file is an error. Files may be scored on different
+machines, so only the reader of the rows can see an id that repeats across files: it has the same `index` twice.
 """
 
 import gzip
@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-# Both are uploaded beside this folder. azureml/ can't be a package: that name is Microsoft's.
+# Both are uploaded beside this folder. azureml/ cannot be a package, because that name is Microsoft's.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "azureml"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -67,7 +67,7 @@ Row = dict[str, Any]
 
 
 class Line(NamedTuple):
-    """A line of a file that is well-formed and within the limits, and what names it in its rows."""
+    """A well-formed line of a file, within the limits."""
 
     id: str | int
     file: str
@@ -79,10 +79,10 @@ class Line(NamedTuple):
 
 
 def init() -> None:
-    """Load the model, as `weights.load_model` says, and read the limits of a line from the environment."""
+    """Load the model and read the limits of a line from the environment. Raises what `score.init` raises."""
     global _reranker, _limits
     logging.basicConfig()
-    logger.setLevel(logging.INFO)  # not the root: the engine's own libraries would fill the log
+    logger.setLevel(logging.INFO)  # not on the root logger: the engine's own libraries would fill the log
     _limits = Limits.from_environment()
     _reranker, model_name = load_model()
     logger.info("%s ready on %s in %s, %s", model_name, _reranker.device, _reranker.model.dtype, _limits)
@@ -99,21 +99,21 @@ def run(mini_batch: list[str]) -> list[str]:
         ids and documents may hold spaces, quotes and line breaks.
 
     Raises:
-        OSError: a file can't be read, now. The engine tries the mini-batch again.
-        Exception: the model does not work any more, whatever is in the lines. The engine tries again, too.
+        OSError: a file cannot be read. The engine tries the mini-batch again.
+        Exception: the model no longer works, whatever is in the lines. The engine tries again, too.
     """
     started = time.perf_counter()
     rows = score_files(mini_batch, _reranker, _limits)
     errors = sum("error" in row for row in rows)
     seconds = time.perf_counter() - started
     logger.info("%d files, %d rows, %d errors in %.1f s", len(mini_batch), len(rows), errors, seconds)
-    # ASCII: no character that some reader takes for the end of a line.
+    # In ASCII, so without characters that some readers take for the end of a line.
     return [json.dumps(row, allow_nan=False) for row in rows]
 
 
 def score_files(paths: list[str], reranker: Reranker, limits: Limits) -> list[Row]:
-    """Return the rows of some files, as `run`. All lines are checked first; then those with the same max_length and
-    stride are scored in one pass over their pairs, which sorts them by length."""
+    """Return the rows of some files, as `run` does. All lines are checked first. Then those with the same max_length
+    and stride are scored in one pass, which sorts their pairs by length."""
     rows: list[Row] = []
     passes: dict[tuple[int, int | None], list[Line]] = {}
     for path in paths:
@@ -126,14 +126,14 @@ def score_files(paths: list[str], reranker: Reranker, limits: Limits) -> list[Ro
     for lines in passes.values():
         for line, scored in zip(lines, _score(lines, reranker), strict=True):
             if isinstance(scored, Exception):
-                # What is wrong with a text or its logit is a ValueError or an ArithmeticError.
+                # A fault of a text or its logit raises ValueError or ArithmeticError.
                 internal = internal or not isinstance(scored, ValueError | ArithmeticError)
                 message = str(scored) or type(scored).__name__
                 rows.append(_error_row(line.id, line.file, line.number, "ScoringFailed", message))
             else:
                 rows.extend(_rank(line, scored))
     if internal:
-        # Was it the line, or the machine? A GPU that is gone fails this, too: then another process should try.
+        # Was it the line, or the machine? A lost GPU fails here as well, so that another process tries again.
         score_pairs([("warm-up", "warm-up")], *reranker)
     return rows
 
@@ -147,7 +147,7 @@ def read_lines(path: str, reranker: Reranker, limits: Limits) -> Iterator[Line |
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             yield _error_row(None, path, 1, "DamagedFile", f"the file begins like gzip, but can't be unpacked: {error}")
             return
-    # As git tells text from other files. Without this, a picture would have thousands of bad lines.
+    # Git's test for binary files. Without it, a picture would make thousands of bad lines.
     if b"\0" in content[:8000]:
         message = (
             "the file is no text in UTF-8 but binary, or UTF-16: write JSON Lines in UTF-8, or pack them with gzip"
@@ -156,7 +156,7 @@ def read_lines(path: str, reranker: Reranker, limits: Limits) -> Iterator[Line |
         return
     content = content.removeprefix(BYTE_ORDER_MARK)
     first: dict[tuple[type, str | int], int] = {}
-    # Only \n ends a line: a JSON string may hold what str.splitlines takes for an end.
+    # Only \n ends a line: a JSON string may hold other characters at which str.splitlines splits.
     for number, text in enumerate(content.split(b"\n"), start=1):
         if not text.strip():
             continue
@@ -175,7 +175,7 @@ def read_lines(path: str, reranker: Reranker, limits: Limits) -> Iterator[Line |
         except Refused as refused:
             yield _error_row(id_, path, number, refused.code, str(refused))
     if not content.strip():
-        # The engine takes fewer rows than files for a failure.
+        # Fewer rows than files are a failure to the engine.
         yield _error_row(None, path, 1, "EmptyFile", "the file has no lines")
 
 
@@ -207,9 +207,9 @@ def _error_row(id_: str | int | None, path: str, number: int, code: str, message
 
 
 def _score(lines: list[Line], reranker: Reranker) -> list[list[ScoredPair] | Exception]:
-    """Return the scored pairs of each line, or why they could not be scored.
+    """Return the scored pairs of each line, or the exception that prevented it.
 
-    A pass that fails is tried again in two halves, until the lines at fault are alone.
+    A pass that fails is tried again in two halves, until the lines at fault are isolated.
     """
     max_length, stride = lines[0].options.max_length, lines[0].options.stride
     try:

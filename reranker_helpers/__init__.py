@@ -1,9 +1,11 @@
-"""Rerank documents with BAAI/bge-reranker-v2-m3, or any cross-encoder that gives one logit a pair.
+"""Rerank documents with BAAI/bge-reranker-v2-m3, or any cross-encoder that returns one logit per pair.
 
 >>> from reranker_helpers import load_reranker, rerank
 >>> reranker = load_reranker()
->>> for document, score in rerank("what is a panda?", documents, *reranker, top_n=3):
-...     print(f"{score:6.2f}  {document}")
+>>> documents = ["Bread is baked in an oven.", "The panda is a bear that eats bamboo."]
+>>> for document, score in rerank("what is a panda?", documents, *reranker, top_n=1):
+...     print(document)
+The panda is a bear that eats bamboo.
 """
 
 from .loading import MODEL_NAME, Reranker, load_reranker

@@ -1,4 +1,4 @@
-"""What input is refused, and with which words: each error names the thing and says what to do instead."""
+"""Checks of what the caller passes in. Each error names the argument at fault and says what to do instead."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ COUNT_FROM_PAD = {
     *("camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke", "markuplm", "mpnet"),
     *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
 }
-"""Model types that count positions from `pad_token_id + 1`, so that the first ones of the table are never used."""
+"""Model types whose positions start at `pad_token_id + 1`, so that the first rows of the position table go unused."""
 
 
 def check_text(name: str, text: object) -> str:
-    """Return `text` if it is a string that can be encoded, else say what `name` is instead."""
+    """Return `text`. Raises TypeError if it is not a string, ValueError if it cannot be encoded as UTF-8.
+
+    `name` is what the message calls it, here and below.
+    """
     if not isinstance(text, str):
         raise TypeError(f"{name} is {type(text).__name__}, expected str")
     try:
@@ -33,7 +36,7 @@ def check_text(name: str, text: object) -> str:
 
 
 def check_whole_number(name: str, value: object, *, at_least: int) -> int:
-    """Return `value` as an int of at least `at_least`, else say what `name` is instead."""
+    """Return `value` as an int. Raises TypeError if it is not a whole number, ValueError if it is below `at_least`."""
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -46,7 +49,7 @@ def check_whole_number(name: str, value: object, *, at_least: int) -> int:
 
 
 def check_list(name: str, values: object, expected: str) -> list:
-    """Return a list, a column, a generator or the like as a list, else say what `name` is instead."""
+    """Return a list, column, generator or other iterable as a list. Raises TypeError for a string, dict or table."""
     if hasattr(values, "columns"):  # iterating over a DataFrame gives the names of its columns
         raise TypeError(
             f"{name} is {type(values).__name__}, a table, expected {expected}: pass one column, such as table['text'], "
@@ -54,11 +57,11 @@ def check_list(name: str, values: object, expected: str) -> list:
         )
     if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
         raise TypeError(f"{name} is {type(values).__name__}, expected {expected}: put it into brackets?")
-    return values.to_pylist() if hasattr(values, "to_pylist") else list(values)  # Arrow's own strings are no str
+    return values.to_pylist() if hasattr(values, "to_pylist") else list(values)  # Arrow's strings are not str
 
 
 def check_pairs(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Return (query, document) pairs as tuples of strings, else say which one is something else."""
+    """Return `pairs` as a list of tuples of two strings. Raises TypeError or ValueError for the first bad one."""
     checked = []
     for place, pair in enumerate(check_list("pairs", pairs, "a list of (query, document) tuples")):
         if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
@@ -69,7 +72,7 @@ def check_pairs(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def query_names(pairs: Iterable[Pair], name: str) -> dict[str, str]:
-    """Return what an error calls each query: "query" where the list is "documents", else its first place."""
+    """Map each query to what errors call it: "query" if `name` is "documents", else its first place: "pairs[0][0]"."""
     names: dict[str, str] = {}
     for place, (query, _) in enumerate(pairs):
         names.setdefault(query, "query" if name == "documents" else f"{name}[{place}][0]")
@@ -83,9 +86,20 @@ def check_limits(
     max_length: int,
     stride: int | None,
 ) -> tuple[int, int | None]:
-    """Return `max_length` and `stride` as ints, if the model reads so much and each query leaves room for a document.
+    """Check that the model can read `max_length` tokens, and that every query leaves room for a document in them.
 
-    `queries` maps each query to what an error calls it. Raises TypeError or ValueError.
+    Args:
+        queries: maps each query to what errors call it, see `query_names`.
+        model, tokenizer: must have passed `check_model`.
+        max_length: limit of a pair in tokens: query, document and special tokens together.
+        stride: tokens that neighbouring windows share, or None to cut documents off.
+
+    Returns:
+        `max_length` and `stride` as ints.
+
+    Raises:
+        TypeError: one of them is not a whole number.
+        ValueError: one of them is out of range, or a query is empty or too long.
     """
     max_length = check_whole_number("max_length", max_length, at_least=1)
     if stride is not None:
@@ -93,9 +107,9 @@ def check_limits(
     limit = tokenizer.model_max_length
     config = getattr(model, "config", None)
     positions = getattr(config, "max_position_embeddings", None)
-    if positions:
-        # bge-reranker-v2-m3 has 8194 positions, of which 8192 serve.
-        offset = config.pad_token_id + 1 if config.model_type in COUNT_FROM_PAD else 0
+    if positions and positions > 0:  # XLNet says -1: it has no limit
+        # bge-reranker-v2-m3 has 8194 positions but reads 8192 tokens.
+        offset = config.pad_token_id + 1 if _counts_from_pad(config) else 0
         limit = min(limit, positions - offset)
     if max_length > limit:
         raise ValueError(f"max_length is {max_length}, but the model reads at most {limit} tokens")
@@ -123,7 +137,7 @@ def check_limits(
 
 
 def check_model(model: Callable[..., Any], tokenizer: PreTrainedTokenizerBase, device: torch.device) -> None:
-    """Refuse what would fail later or score wrongly. Raises TypeError or ValueError."""
+    """Refuse a model, tokenizer or device that would fail later or score wrongly. Raises TypeError or ValueError."""
     if isinstance(model, transformers.PreTrainedTokenizerBase) or isinstance(tokenizer, torch.nn.Module):
         raise TypeError(
             f"model is {type(model).__name__} and tokenizer is {type(tokenizer).__name__}: they are swapped, the model "
@@ -133,9 +147,15 @@ def check_model(model: Callable[..., Any], tokenizer: PreTrainedTokenizerBase, d
         raise TypeError(f"model is {type(model).__name__}, expected one from load_reranker, or one like it")
     if not getattr(tokenizer, "is_fast", False):
         raise TypeError(f"tokenizer is {type(tokenizer).__name__}, expected a fast one: it knows each token's place")
-    pad = getattr(getattr(model, "config", None), "pad_token_id", None)
+    config = getattr(model, "config", None)
+    pad = getattr(config, "pad_token_id", None)
+    if pad is None and _counts_from_pad(config):
+        raise ValueError(
+            f"model.config.pad_token_id is None, but {config.model_type} counts positions from it: in config.json set "
+            f"what the model was trained with (the tokenizer has {tokenizer.pad_token_id}), and load the model again"
+        )
     if tokenizer.pad_token_id is not None and pad is not None and pad != tokenizer.pad_token_id:
-        # A decoder finds the end of a text by it, and the RoBERTa family the positions.
+        # Decoders find the end of a text by it, and the RoBERTa family derives positions from it.
         raise ValueError(
             f"tokenizer.pad_token_id is {tokenizer.pad_token_id}, but model.config.pad_token_id is {pad}, so scores "
             "would depend on the batch: set one to the other, to what the model was trained with"
@@ -147,3 +167,7 @@ def check_model(model: Callable[..., Any], tokenizer: PreTrainedTokenizerBase, d
     weight = next(model.parameters(), None)
     if weight is not None and weight.device.type != device.type:
         raise ValueError(f"device is {str(device)!r}, but the model is on {str(weight.device)!r}: pass that one")
+
+
+def _counts_from_pad(config: object) -> bool:
+    return getattr(config, "model_type", None) in COUNT_FROM_PAD

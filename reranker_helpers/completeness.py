@@ -1,4 +1,4 @@
-"""Tell a complete model from a broken one. Transformers fills what is missing with random numbers, and goes on."""
+"""Tell a complete model from a broken one: Transformers fills missing weights with random numbers and carries on."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ _UNUSED = (
     "pooler.dense.weight",
     "pooler.dense.bias",
 )
-"""Ends of names that checkpoints carry and a sequence classifier computes anew, or has no use for."""
+"""Endings of weight names that checkpoints hold and a sequence classifier recomputes or does not use."""
 
 
 def check_complete(
     model_name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, report: dict[str, Any]
 ) -> None:
-    """Refuse a model that would score at random, in part or as a whole.
+    """Refuse a model whose scores would be random or wrong. Unused weights outside the encoder are only logged.
 
     Args:
-        model_name: what the message calls it.
+        model_name: the name or folder that it was loaded from, for messages.
         model, tokenizer: as loaded.
-        report: what Transformers' `output_loading_info=True` returns, sizes that differ included.
+        report: the second result of `from_pretrained(output_loading_info=True, ignore_mismatched_sizes=True)`.
 
     Raises:
-        OSError: weights are missing, or of another shape, or belong to layers that the model does not have; or the
-            tokenizer is not the model's. The message names them.
-        TypeError: the tokenizer is no fast one.
+        OSError: weights are missing, have the wrong shape, or belong to layers that the model does not have; or the
+            tokenizer is not the model's. The message names up to five of them.
+        TypeError: the tokenizer is not a fast one.
     """
     where = f"the folder {model_name}" if Path(model_name).is_dir() else model_name
     if report["missing_keys"]:
@@ -84,7 +84,10 @@ def check_complete(
 
 
 def unreadable_files(folder: str) -> list[str]:
-    """Return what is wrong with a model's files, as far as it can be known: one phrase a file, which names it."""
+    """Return a phrase for each damaged file, such as "config.json is empty"; [] if none is found, or no folder.
+
+    Weights are not read, only their headers and sizes.
+    """
     faults = []
     for file in sorted(Path(folder).iterdir()) if Path(folder).is_dir() else []:
         if file.is_file() and file.suffix in (".safetensors", ".bin", ".json", ".model", ".txt"):
@@ -95,7 +98,7 @@ def unreadable_files(folder: str) -> list[str]:
 
 
 def cached_folder(model_name: str, revision: str | None) -> str | None:
-    """Return the folder in the hub's cache that holds a model's config.json, or None."""
+    """Return the folder in the hub's cache that holds a model's config.json, or None. `revision` None means main."""
     try:
         file = transformers.utils.cached_file(model_name, "config.json", revision=revision, local_files_only=True)
     except (OSError, ValueError):
@@ -126,7 +129,7 @@ def _fault(file: Path) -> str | None:
 
 
 def _safetensors_fault(start: bytes, stream: Any, size: int) -> str | None:
-    # The format: the header's length in 8 bytes, the header in JSON with the place of each tensor, the tensors.
+    # github.com/huggingface/safetensors, Format: the header's length in 8 bytes, the header in JSON, the tensors.
     header = int.from_bytes(start[:8], "little")
     try:
         stream.seek(8)

@@ -1,4 +1,4 @@
-"""Find out quickly whether there is a way to the Hugging Face Hub: libraries retry for half a minute."""
+"""Find out within seconds whether the Hugging Face Hub can be reached: its own client retries for half a minute."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from huggingface_hub import constants, try_to_load_from_cache
 
 
 def hub_status(model_name: str, revision: str | None = None, *, seconds: float = 5.0) -> int | None:
-    """Return the HTTP status with which the hub answers for a model's config.json, or None if it does not.
+    """Return the HTTP status of a request for a model's config.json, or None if the hub does not answer in time.
+
+    The hub is the one that HF_ENDPOINT names. With HF_HUB_OFFLINE=1 it is not asked, and the result is None.
 
     Args:
-        model_name: a name on the hub.
+        model_name: a name on the hub, such as "BAAI/bge-reranker-v2-m3".
         revision: branch, tag or commit. Default: main.
-        seconds: how long to wait. In a thread of its own, because where a firewall swallows packets, looking up the
-            hub's name alone can take a minute.
-
-    The environment variable HF_HUB_OFFLINE is respected: then nobody is asked.
+        seconds: how long to wait.
     """
     if constants.HF_HUB_OFFLINE:
         return None
@@ -36,6 +35,7 @@ def hub_status(model_name: str, revision: str | None = None, *, seconds: float =
         except (OSError, ValueError):  # refused, timed out, no such host, no address
             pass
 
+    # In a thread, because the timeout does not cover the lookup of the host's name, which can take a minute.
     thread = Thread(target=ask, daemon=True)
     thread.start()
     thread.join(seconds)
@@ -43,9 +43,10 @@ def hub_status(model_name: str, revision: str | None = None, *, seconds: float =
 
 
 def choose_model(model_name: str, *, otherwise: str | os.PathLike[str]) -> str:
-    """Return the model to load: what RERANKER_MODEL names, else `model_name`, else `otherwise`, a folder.
+    """Return what to pass to `load_reranker`.
 
-    `model_name` is taken if its weights are in the hub's cache, or the hub is ready to send them.
+    That is the environment variable RERANKER_MODEL if it is set; else `model_name`, if its weights are in the hub's
+    cache or the hub offers them; else `otherwise`, the path of a folder.
     """
     if "RERANKER_MODEL" in os.environ:
         return os.environ["RERANKER_MODEL"]
@@ -55,5 +56,5 @@ def choose_model(model_name: str, *, otherwise: str | os.PathLike[str]) -> str:
 
 
 def in_cache(model_name: str) -> bool:
-    """Whether the weights of a model, in one file, are in the hub's cache."""
+    """Whether the hub's cache holds the model's model.safetensors. Weights in several files are not recognised."""
     return isinstance(try_to_load_from_cache(model_name, "model.safetensors"), str)

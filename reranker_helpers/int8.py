@@ -1,4 +1,4 @@
-"""A linear layer in int8: how rows are rounded, token by token, and how the product is computed exactly."""
+"""A linear layer in int8: its inputs are rounded token by token, and the product of the rounded numbers is exact."""
 
 from __future__ import annotations
 
@@ -11,18 +11,25 @@ from .products import linear, measure_once, seconds
 
 
 class _Rounded(NamedTuple):
-    """Rows on their way into a product: `values * step + low` is about what they were."""
+    """The inputs of a product, one row per token."""
 
     values: Tensor
+    """(tokens, inputs): uint8, or float32 if nothing is rounded."""
     step: Tensor | None
+    """(tokens, 1), float32: what a difference of 1 in `values` stands for. None if nothing is rounded."""
     low: Tensor | None
+    """(tokens, 1), float32: what 0 in `values` stands for. None if that follows from `step`."""
 
 
 class Grid(torch.nn.Module):
-    """How the inputs of one layer, or of several that read the same rows, are moved, stretched and rounded.
+    """Shifts, scales and rounds the inputs of a layer, or of several layers that read the same rows.
 
-    `levels` is how many steps there are from the lowest to the highest value of a token: 255, or 127 where a
-    processor's products of 8 bits overflow, or None where they are of no use and nothing is rounded.
+    Args:
+        shift: (inputs,), subtracted from each row.
+        stretch: (inputs,), above zero; each row is divided by it after that.
+        levels: steps between a token's lowest and highest value: 255, or 127 where products of 8 bits overflow, or
+            None to round nothing. `levels_for` says which.
+        one_sided: whether the steps reach from a token's minimum to its maximum, or lie evenly on both sides of zero.
     """
 
     def __init__(self, shift: Tensor, stretch: Tensor, levels: int | None, one_sided: bool):
@@ -31,6 +38,7 @@ class Grid(torch.nn.Module):
         self.levels, self.one_sided = levels, one_sided
 
     def forward(self, rows: Tensor) -> _Rounded:
+        """Round rows (tokens, inputs) in float32."""
         rows = torch.addcmul(self.offset, rows, self.factor)
         if self.levels is None:
             return _Rounded(rows, None, None)
@@ -40,23 +48,29 @@ class Grid(torch.nn.Module):
         else:
             step = (rows.abs().amax(1, keepdim=True) / (self.levels // 2)).clamp_min_(1e-30)
             low = step * -(self.levels // 2 + 1)
-        # Conversion cuts off, so that adding a half rounds. NaN stays NaN by way of `step`.
+        # Conversion truncates, so adding a half rounds. NaN survives in `step`.
         values = torch.addcmul(0.5 - low / step, rows, 1 / step).to(torch.uint8)
         return _Rounded(values, step, low if self.one_sided else None)
 
 
 class QuantisedLinear(torch.nn.Module):
-    """A linear layer of int8 weights, shape (outputs, inputs), in the place of a `torch.nn.Linear`.
+    """A linear layer with int8 weights, one scale per output, to take the place of a `torch.nn.Linear`.
 
-    >>> layer = QuantisedLinear(linear, Grid(shift, stretch, levels=255, one_sided=False))
-    >>> torch.allclose(layer(rows), linear(rows), atol=0.05)
-    True
+    Args:
+        source: the layer to replace, weights (outputs, inputs) in float32 on the CPU. It is not changed.
+        grid: rounds the inputs.
+
+    >>> linear, rows = torch.nn.Linear(64, 32), torch.randn(100, 64)
+    >>> grid = Grid(rows.mean(0), torch.ones(64), levels_for(32, 64), one_sided=False)
+    >>> layer = QuantisedLinear(linear, grid)
+    >>> assert layer(rows).shape == (100, 32)
+    >>> assert (layer(rows) - linear(rows)).norm() < 0.05 * linear(rows).norm()
     """
 
     def __init__(self, source: torch.nn.Linear, grid: Grid):
         super().__init__()
         self.bias = torch.addmv(source.bias.detach(), source.weight.detach(), -grid.offset / grid.factor)
-        weight = source.weight.detach() / grid.factor  # one copy of a layer, then changed in its place
+        weight = source.weight.detach() / grid.factor  # the only copy: what follows works in place
         self.scale = (torch.maximum(weight.amax(1), -weight.amin(1)) / 127).clamp_min_(1e-30)
         self.sums = weight.div_(self.scale[:, None]).round_().sum(1) * self.scale
         self.weight = weight.to(torch.int8)
@@ -67,12 +81,12 @@ class QuantisedLinear(torch.nn.Module):
             self.weight = torch.ops.onednn.qlinear_prepack(self.weight, None)  # in oneDNN's own order
 
     def forward(self, rows: Tensor) -> Tensor:
-        """Return (..., outputs) for rows (..., inputs), in float32."""
+        """Return (..., outputs) for rows (..., inputs), computed in float32, in the dtype of the rows."""
         result = self.product(self.grid(rows.reshape(-1, rows.shape[-1]).float()))
         return result.view(*rows.shape[:-1], -1).to(rows)
 
     def product(self, rows: _Rounded) -> Tensor:
-        """Like `forward`, for rows that `grid` has rounded."""
+        """Return (tokens, outputs) in float32 for rows that `grid` has rounded."""
         if rows.step is None:
             return linear(rows.values, self.weight.float().mul_(self.scale[:, None]), self.bias)
         result = _int8_linear(rows.values, self.weight, self.scale, self.zeros, self.low)
@@ -91,9 +105,10 @@ class QuantisedLinear(torch.nn.Module):
 
 
 def _int8_linear(rows: Tensor, weight: Tensor, scale: Tensor, zeros: Tensor, bias: Tensor | None) -> Tensor:
-    """Return `(rows @ weight.T) * scale + bias` in float32: rows uint8, weight int8 from `qlinear_prepack`.
+    """Return `(rows @ weight.T) * scale + bias`, shape (tokens, outputs), in float32.
 
-    The op behind PyTorch's own int8 (torch.ao's x86 backend), in torch since 2.3; it has no public name.
+    Rows (tokens, inputs) are uint8, weight comes from `qlinear_prepack` of (outputs, inputs) in int8, and scale, zeros
+    (int32) and bias are (outputs,). The op is the one behind PyTorch's own int8 on x86 (torch.ao); it is not public.
     """
     return torch.ops.onednn.qlinear_pointwise(
         rows, 1.0, 0, weight, scale, zeros, bias, 1.0, 0, torch.float32, "none", [], ""
@@ -101,15 +116,15 @@ def _int8_linear(rows: Tensor, weight: Tensor, scale: Tensor, zeros: Tensor, bia
 
 
 def levels_for(outputs: int, inputs: int) -> int | None:
-    """Return how many levels a token is rounded to for weights of this shape, None where int8 is of no use here."""
+    """Return the `levels` of a `Grid` for weights of this shape on this processor. Measured once per process."""
     return measure_once(("int8", outputs, inputs), lambda: _measured_levels(outputs, inputs))
 
 
 def _measured_levels(outputs: int, inputs: int) -> int | None:
-    """Return the number of levels with which int8 products are exact and faster than float32 here, None without any.
+    """Return the most levels with which int8 products are exact, or None if they are not, or no faster than float32.
 
-    Processors without VNNI add pairs of products in 16 bits, which overflow with 8 bits on one side and 7 on the
-    other, silently; with 7 on both they don't.
+    Processors without VNNI add pairs of products in 16 bits. With 8 bits on one side and 7 on the other these sums
+    saturate without an error; with 7 bits on both they fit (Intel's VPMADDUBSW).
     """
     generator = torch.Generator().manual_seed(0)
     weight = torch.randint(-127, 128, (outputs, inputs), generator=generator).to(torch.int8)

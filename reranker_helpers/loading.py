@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MODEL_NAME = "BAAI/bge-reranker-v2-m3"
+"""The default model, on the Hugging Face Hub."""
 
 logger = logging.getLogger(__name__)
 
 
 class Reranker(NamedTuple):
-    """What `rerank` and `score` need, in the order in which they take it: `rerank(query, documents, *reranker)`."""
+    """What `rerank` and `score` need, in the order of their parameters: `rerank(query, documents, *reranker)`."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -39,31 +40,31 @@ def load_reranker(
     """Load a cross-encoder and its tokenizer, ready to score.
 
     Args:
-        model_name: a name on the Hugging Face Hub, or a folder with config, weights and tokenizer. The default model
-            is a download of 2.3 GB, once.
-        device: "cpu", "cuda", "cuda:1", "mps" or a `torch.device`. Default: CUDA if there is any, else the CPU.
-            MPS is used only when asked for: hangs and leaks are reported for this model on it.
+        model_name: a name on the Hugging Face Hub, or a folder with config, weights and tokenizer. The first call with
+            the default downloads 2.3 GB.
+        device: "cpu", "cuda", "cuda:1", "mps" or a `torch.device`. Default: CUDA if available, else the CPU. MPS is
+            never chosen by default: users report hangs and memory leaks with this model on it.
         dtype: "float32", "float16", "bfloat16", "float64" or the `torch.dtype`. Default: float16 on CUDA, float32
-            elsewhere. "int8" is for XLM-RoBERTa on a CPU: the weights are quantised as they are loaded, and scores
-            differ from those in float32 (`quantised.py` says how).
-        revision: branch, tag or commit on the hub. Default: the newest.
+            elsewhere. "int8" is for XLM-RoBERTa on a CPU: the weights are quantised while loading, and scores differ
+            from float32 (see `quantised.py`).
+        revision: branch, tag or commit on the hub. Default: main.
 
     Returns:
-        A named tuple `(model, tokenizer, device)`, the model in evaluation mode and on the device.
+        A named tuple `(model, tokenizer, device)`, with the model in evaluation mode and on the device.
 
     Raises:
-        OSError: config, tokenizer or weights can be had neither from a folder, nor the cache, nor the hub; a file can't
-            be read; the weights lack something that the model needs, or hold layers that it does not have; or the
-            tokenizer is not the model's. The message names it.
-        TypeError: the tokenizer is no fast one.
-        ValueError: the model has not exactly one label, or `dtype` is none that it computes in on this device.
-        RuntimeError: the device asked for is not there.
+        OSError: config, tokenizer or weights are in no folder, nor in the cache, and cannot be downloaded; a file is
+            damaged; weights are missing, or belong to layers that the model does not have; or the tokenizer is not the
+            model's. The message says which.
+        TypeError: the tokenizer is not a fast one.
+        ValueError: the model does not have exactly one label, or cannot run in this `dtype` on this device.
+        RuntimeError: the device does not exist.
     """
     model_name = os.fspath(model_name)
     device, device_reason = _choose_device(device)
-    int8 = dtype in ("int8", torch.int8)  # the weights are loaded in float32 then, and quantised one by one
+    int8 = dtype in ("int8", torch.int8)  # loaded in float32, then quantised layer by layer
     dtype, dtype_reason = _choose_dtype("float32" if int8 else dtype, device)
-    # Without a way to the hub, the libraries below would retry for half a minute.
+    # If the hub cannot be reached, Transformers would retry for half a minute.
     local = os.path.isdir(model_name) or hub_status(model_name, revision) is None
     source = {"pretrained_model_name_or_path": model_name, "revision": revision, "local_files_only": local}
     try:
@@ -91,6 +92,10 @@ def load_reranker(
     if refused:
         raise ValueError(refused)
     check_complete(model_name, model, tokenizer, report)
+    if not getattr(config, "quantization_config", None):
+        for weight in model.parameters():
+            if weight.is_floating_point() and weight.element_size() == 1:
+                weight.data = weight.to(dtype)  # Transformers 4 leaves weights that are stored in float8 as they are
     if int8:
         quantise(
             model.eval(), tokenizer, model_name if os.path.isdir(model_name) else cached_folder(model_name, revision)

@@ -1,14 +1,19 @@
 """The fast path on a CPU: XLM-RoBERTa without padding, and each matrix product by the fastest route that is exact.
 
-The texts of a batch lie end to end in one long row of tokens, so that no product is spent on padding:
+The texts of a batch lie end to end in one long row of tokens, so no product is spent on padding. NVIDIA's MLPerf
+submission did this for BERT (github.com/mlcommons/training_results_v1.1, padding.py); FlashAttention's and ModernBERT's
+bert_padding.py follow it.
 
     padded   <s> what is ... </s>                packed   <s> what is ... </s><s> a ... </s><s> an ... </s>
              <s> a ... </s><pad><pad>
              <s> an ... </s><pad><pad>
 
-Only attention looks from one token at another; it takes the texts one by one. Everything else works on single tokens
-and doesn't care where a text ends. From the last layer only the first token of each text is read, so only that one is
-computed. The model itself is not touched: this file reads its weights and calls its small parts.
+Only attention looks from one token at another, so only attention takes the texts one by one. The classifier reads only
+the first token of each text, so the last layer computes only that one. The model is not changed: this file reads its
+weights, and calls its embeddings and activation functions.
+
+In the shapes below, `tokens` is the number of tokens of all texts together, `texts` the number of texts, and `hidden`
+the width of the model (1024 in bge-reranker-v2-m3).
 """
 
 from __future__ import annotations
@@ -28,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, XLMRobertaForSequenceClassification
 
 SLICE = 512
-"""Tokens that the feed-forward part takes at a time: its inner vectors are four times as wide as the others."""
+"""Tokens that the feed-forward part takes at a time, because its inner vectors are four times as wide as the others."""
 
 _PLAIN_MODULES = (
     "torch.nn.modules.",
@@ -39,10 +44,10 @@ _PLAIN_MODULES = (
 
 
 def can_pack(model: object, device: torch.device) -> bool:
-    """Whether `run_packed` computes what `model` would: an XLM-RoBERTa on a CPU that nobody has changed.
+    """Whether `run_packed` computes what `model` would, that is, whether it is an unchanged XLM-RoBERTa on a CPU.
 
-    Hooks, adapters, autocast, compiled parts, other attention functions and parts that another library quantised take
-    the model's own way.
+    It is not with hooks, adapters, autocast, compiled parts, another attention function, or parts that another library
+    has quantised.
     """
     if type(model) is not transformers.XLMRobertaForSequenceClassification or device.type != "cpu":
         return False
@@ -72,9 +77,16 @@ def run_packed(
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
 ) -> Tensor:
-    """Return the model's logits for the windows, shape (windows, labels), in the type that it computes in.
+    """Return the model's logits for the windows.
 
-    `can_pack(model, device)` must hold.
+    Args:
+        windows: from `tokenise`, of any lengths, in any order.
+        model: one for which `can_pack(model, device)` holds.
+        tokenizer: the model's own.
+        device: the CPU.
+
+    Returns:
+        (windows, labels), in the order of the windows, in the dtype of `_arithmetic`.
     """
     lengths = [len(window.token_ids) for window in windows]
     firsts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
@@ -89,9 +101,10 @@ def run_packed(
 
 
 def _embed(windows: list[Window], model: XLMRobertaForSequenceClassification, takes_types: bool) -> Tensor:
+    """Return the embeddings of all texts, end to end: (tokens, hidden)."""
     ids = [torch.tensor(window.token_ids) for window in windows]
     types = [window.type_ids if takes_types else [0] * len(window.token_ids) for window in windows]
-    # The model's own rule: count from pad_token_id + 1, and leave out whatever looks like padding.
+    # As `create_position_ids_from_input_ids` in Transformers: count from padding_idx + 1, and skip pad tokens.
     pad = model.roberta.embeddings.padding_idx
     positions = [(text != pad).cumsum(0) * (text != pad) + pad for text in ids]
     return model.roberta.embeddings(
@@ -102,18 +115,29 @@ def _embed(windows: list[Window], model: XLMRobertaForSequenceClassification, ta
 
 
 def _attend(layer, readers: Tensor, tokens: Tensor, reader_lengths: list[int], lengths: list[int]) -> Tensor:
-    """Let the rows of `readers`, some for each text, look at the rows of `tokens` that belong to their text."""
+    """Compute a layer's attention block, in which each row of `readers` looks at the tokens of its own text.
+
+    Args:
+        layer: an `XLMRobertaLayer`.
+        readers: (readers, hidden), the tokens whose output is wanted: all of `tokens`, or the first one of each text.
+        tokens: (tokens, hidden).
+        reader_lengths: how many of the readers each text has, (texts).
+        lengths: how many tokens each text has, (texts).
+
+    Returns:
+        (readers, hidden)
+    """
     output = layer.attention.output
     seen = _look(layer.attention.self, readers, tokens, reader_lengths, lengths)
     return _norm(_linear(seen, output.dense).add_(readers), output.LayerNorm)
 
 
 def _look(attention, readers: Tensor, tokens: Tensor, reader_lengths: list[int], lengths: list[int]) -> Tensor:
-    """Return what each of `readers` sees. A function of its own, so that keys and values are gone after it."""
+    """Return what each reader sees, (readers, hidden). Returning from here frees the keys and values."""
 
     def heads(rows: Tensor, lengths: list[int]) -> tuple[Tensor, ...]:
         split = rows.view(len(rows), attention.num_attention_heads, -1).transpose(0, 1)
-        return split[None].split(lengths, dim=2)  # for each text (1, heads, rows, size of a head)
+        return split[None].split(lengths, dim=2)  # for each text (1, heads, its rows, hidden / heads)
 
     if readers is tokens:
         seen, keys, values = _linears(tokens, attention.query, attention.key, attention.value)
@@ -121,12 +145,13 @@ def _look(attention, readers: Tensor, tokens: Tensor, reader_lengths: list[int],
         (seen,), (keys, values) = _linears(readers, attention.query), _linears(tokens, attention.key, attention.value)
     texts = zip(heads(seen, reader_lengths), heads(keys, lengths), heads(values, lengths), strict=True)
     for query, key, value in texts:
-        query.copy_(F.scaled_dot_product_attention(query, key, value))  # in its place, which saves memory
+        query.copy_(F.scaled_dot_product_attention(query, key, value))  # into `seen`: saves memory
     return seen
 
 
 def _feed_forward(layer, hidden: Tensor) -> Tensor:
-    # In slices: a text of 8192 tokens would take 270 MB here at once, and memory that is used again stays in the cache.
+    """Compute a layer's feed-forward block: (rows, hidden) in, (rows, hidden) out."""
+    # In slices: 8192 tokens at once would take 270 MB here, and a small buffer stays in the processor's cache.
     result = torch.empty_like(hidden)
     for rows, into in zip(hidden.split(SLICE), result.split(SLICE), strict=True):
         inner = layer.intermediate.intermediate_act_fn(_linear(rows, layer.intermediate.dense))
@@ -143,11 +168,14 @@ def _linear(rows: Tensor, part: torch.nn.Module) -> Tensor:
 
 
 def _linears(rows: Tensor, *parts: torch.nn.Module) -> list[Tensor]:
-    """Return the products of the same rows with several layers. Those of `int8.py` share the rows in int8."""
+    """Return what several linear layers make of the same rows: (rows, inputs) in, a (rows, outputs) for each layer out.
+
+    Layers of `int8.py` that share a grid round the rows only once.
+    """
     results, shared = [], {}
     for part in parts:
         if isinstance(part, torch.nn.Linear):
-            # `.to` is free where the weights are of the rows' type already.
+            # `.to` copies nothing if the weights have the rows' dtype already.
             results.append(linear(rows, part.weight.to(rows), part.bias.to(rows)))
         else:
             if part.grid not in shared:
@@ -157,10 +185,10 @@ def _linears(rows: Tensor, *parts: torch.nn.Module) -> list[Tensor]:
 
 
 def _arithmetic(model: XLMRobertaForSequenceClassification) -> torch.dtype:
-    """The type to compute in: that of the weights, unless the processor is faster in float32.
+    """Return the dtype to compute in: that of the weights, unless float32 is measured to be faster here.
 
-    Without units for it a processor is five times slower in bfloat16 than in float32. Then a layer's weights are
-    widened when it is their turn: half the memory, and no rounding but that of the weights.
+    It is on processors without instructions for bfloat16 or float16. There each layer's weights are converted to
+    float32 when they are used, which keeps the memory at half and rounds nothing but the weights.
     """
     if model.dtype == torch.float32:
         return torch.float32

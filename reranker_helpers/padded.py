@@ -1,4 +1,4 @@
-"""Run a batch as Transformers does: padded to its longest text. For any model on any device."""
+"""Run a batch as Transformers does, padded to its longest text. For any model on any device."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# For each model that was tried: its pad token, and whether scores stay the same with padding.
+# For each model that was tried: the pad token, and whether scores stay the same with padding.
 _tried: weakref.WeakKeyDictionary[Callable[..., Any], tuple[int | None, bool]] = weakref.WeakKeyDictionary()
 
 
@@ -29,11 +29,20 @@ def run_padded(
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
 ) -> torch.Tensor:
-    """Return the model's logits for the windows, shape (windows, labels), on the device and in the model's type.
+    """Return the model's logits for the windows.
 
-    The windows, longest first, go through the model together, padded on the right: positions count from the left. Two
-    kinds of models get fewer at a time, and the log says so once: those without a pad token one by one, and those whose
-    scores change with padding, in spite of the attention mask, windows of equal length only.
+    The windows go through the model together, padded on the right, because positions count from the left. Two kinds of
+    models get fewer at a time, and the log says so once: without a pad token, one window; if padding changes the scores
+    in spite of the attention mask, windows of equal length.
+
+    Args:
+        windows: from `tokenise`, longest first.
+        model: anything that is called like one of Transformers' sequence classifiers.
+        tokenizer: the model's own.
+        device: where the model is.
+
+    Returns:
+        (windows, labels), in the order of the windows, on the device and in the model's dtype.
     """
     pad = pad_token_id(model, tokenizer)
     padding = len(windows[0].token_ids) > len(windows[-1].token_ids)
@@ -44,7 +53,7 @@ def run_padded(
 
 
 def pad_token_id(model: Callable[..., Any], tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return what short texts are filled up with: the tokenizer's pad token, else the model's, else None."""
+    """Return the id that short texts are padded with: the tokenizer's, else the model's, else None."""
     if tokenizer.pad_token_id is not None:
         return tokenizer.pad_token_id
     return getattr(getattr(model, "config", None), "pad_token_id", None)
@@ -53,14 +62,14 @@ def pad_token_id(model: Callable[..., Any], tokenizer: PreTrainedTokenizerBase) 
 def _bears_padding(
     windows: list[Window], model: Callable[..., Any], tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> bool:
-    """Whether the model gives a text the same logit with padding as without, tried once for each model.
+    """Whether a text gets the same logit with padding as without. Tried once for each model and pad token.
 
-    MobileBERT, ConvBERT, FNet, Nystromformer and YOSO do not: they mix neighbouring tokens, padding included. Nor does
-    a model that reads the last position, whatever stands there.
+    Not with MobileBERT, ConvBERT, FNet, Nystromformer and YOSO, which mix neighbouring tokens, padding included, nor
+    with a model that reads the last position even if that is padding.
     """
     pad = pad_token_id(model, tokenizer)
     tried = None
-    with contextlib.suppress(TypeError):  # a model that cannot be hashed is tried again with each batch
+    with contextlib.suppress(TypeError):  # a model that cannot be hashed is tried again for each batch
         tried = _tried.get(model)
     if tried is None or tried[0] != pad:
         tried = pad, _try_padding(windows[0], windows[-1], model, tokenizer, device)
@@ -80,7 +89,7 @@ def _try_padding(
         return False
     together = _run([long, short], model, tokenizer, device)[1]
     alone = _run([short], model, tokenizer, device)[0]
-    # Rounding errors grow over the layers, to some 30 times that of one operation; 0.005 is for TensorFloat32.
+    # Rounding errors grow over the layers, to about 30 times that of one operation. 0.005 allows for TensorFloat32.
     allowed = max(0.005, 32 * torch.finfo(alone.dtype).eps) * (1 + alone.float().abs())
     change = (together.float() - alone.float()).abs()
     if not (change > allowed).any():
@@ -102,7 +111,7 @@ def _run(
 
     def padded(rows: Iterable[list[int]], filler: int | None) -> torch.Tensor:
         tensor = torch.tensor([row + [filler] * (longest - len(row)) for row in rows])
-        # From pinned memory a copy to a GPU runs by itself: Python goes on at once.
+        # The copy from pinned memory to a GPU is asynchronous: Python does not wait for it.
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
     inputs = {
@@ -114,11 +123,11 @@ def _run(
     if device.type == "cuda" and _takes_ready_masks(model):
         inputs["attention_mask"] = _ready_mask(inputs["attention_mask"], lengths)
     output = model(**inputs)
-    return output.logits if hasattr(output, "logits") else output[0]  # a tuple, if the config says return_dict: false
+    return output.logits if hasattr(output, "logits") else output[0]  # a tuple if config.return_dict is False
 
 
 def _takes_ready_masks(model: Callable[..., Any]) -> bool:
-    """Whether this is an XLM-RoBERTa of Transformers 5, which returns a mask with four dimensions as it is."""
+    """Whether this is an XLM-RoBERTa of Transformers 5, which passes a mask with four dimensions on unchanged."""
     return (
         int(transformers.__version__.split(".")[0]) >= 5
         and type(model) is transformers.XLMRobertaForSequenceClassification
@@ -127,8 +136,8 @@ def _takes_ready_masks(model: Callable[..., Any]) -> bool:
 
 
 def _ready_mask(mask: torch.Tensor, lengths: list[int]) -> torch.Tensor | None:
-    """Make the mask that Transformers would make. To decide if there is padding it looks at the values of the mask, and
-    so waits, once a batch, until the GPU has caught up; here the lengths tell."""
+    """Return the mask that Transformers would make of `mask`, (windows, longest): (windows, 1, longest, longest), bool,
+    or None without padding. Transformers reads values of `mask` for that, and so waits for the GPU once per batch."""
     if min(lengths) == max(lengths):
         return None
     return mask[:, None, None, :].bool().expand(-1, 1, max(lengths), -1)

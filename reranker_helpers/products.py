@@ -1,4 +1,4 @@
-"""Matrix products on a CPU: which of the ways to compute one is right and fastest here, found by trying them once."""
+"""Matrix products on a CPU: find out, by trying them once, which way to compute one is exact and fastest here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# What was measured, by what can change the answer. Under the lock, so that threads don't disturb each other's clocks.
+# Answers by question. Measured under a lock, so that threads do not disturb each other's timings.
 _measured: dict[tuple, object] = {}
 _measuring = threading.RLock()
 
@@ -27,20 +27,23 @@ if hasattr(os, "register_at_fork"):
 
 
 def linear(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Return `rows @ weight.T + bias`: rows (n, inputs), weight (outputs, inputs), bias (outputs), all of one type."""
+    """Return `rows @ weight.T + bias`, (n, outputs), for rows (n, inputs), weight (outputs, inputs), bias (outputs).
+
+    All three have one dtype, which is that of the result.
+    """
     return _route(weight, bias)(rows, weight, bias)
 
 
 def _onednn_linear(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The product that torch.compile's generated code calls. Unlike `set_float32_matmul_precision` it changes nothing
-    global, and in its default state it never rounds to bfloat16: torch sets oneDNN's `fpmath_mode` only on request."""
+    """The op that code from torch.compile calls; it is not public. Unlike `torch.set_float32_matmul_precision` it sets
+    nothing global, and by default it does not round to bfloat16: torch sets oneDNN's `fpmath_mode` only on request."""
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
 
 
 def _route(weight: Tensor, bias: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Choose between torch's own product (MKL in float32) and oneDNN's, by measuring both once for each shape.
+    """Return the faster of torch's own product (MKL in float32) and oneDNN's, measured once for each shape.
 
-    MKL reaches half of what oneDNN does on AMD processors with AVX-512, and 10 to 20 % more on those with AVX2 only.
+    Against oneDNN, MKL was half as fast on an AMD processor with AVX-512, and 10 to 20 % faster on one with AVX2 only.
     """
     if weight.dtype != torch.float32:
         return F.linear
@@ -56,7 +59,8 @@ def _faster_route(weight: Tensor, bias: Tensor) -> Callable[[Tensor, Tensor, Ten
         error = (_onednn_linear(rows, weight, bias)[:16] - exact).abs().max() / exact.abs().max()
     except (AttributeError, RuntimeError):  # a build of torch without oneDNN, or a processor it does not know
         return F.linear
-    # Measured, not assumed: float32 is wrong by about 1e-6 here, TensorFloat32 by 3e-4, bfloat16 by 3e-3.
+    # Some settings and processors multiply float32 in a narrower type. The error is about 1e-6 in float32, 3e-4 in
+    # TensorFloat32 and 3e-3 in bfloat16.
     if not error < 2e-5:
         return F.linear
     ours, torchs = seconds(lambda: _onednn_linear(rows, weight, bias), lambda: F.linear(rows, weight, bias))
@@ -64,7 +68,7 @@ def _faster_route(weight: Tensor, bias: Tensor) -> Callable[[Tensor, Tensor, Ten
 
 
 def measure_once(question: tuple, measure: Callable[[], object]):
-    # The number of threads and torch's settings can change while the program runs, and with them the answer.
+    """Return `measure()`, called once per process for each question, number of threads and setting of torch."""
     onednn = torch.backends.mkldnn
     precision = onednn.matmul.fp32_precision if hasattr(onednn, "matmul") else torch.get_float32_matmul_precision()
     question = (*question, torch.get_num_threads(), onednn.enabled, precision)
@@ -75,8 +79,8 @@ def measure_once(question: tuple, measure: Callable[[], object]):
 
 
 def seconds(*works: Callable[[], object]) -> list[float]:
-    """Return the shortest of a few runs of each, in seconds, all in turn: the first run also prepares things, and what
-    else the machine does disturbs one or the other."""
+    """Return the shortest of four runs of each, in seconds. They run in turn, so that other load hits all alike; the
+    shortest leaves out the first run, which is slower."""
     shortest = [math.inf] * len(works)
     for _ in range(4):
         for i, work in enumerate(works):

@@ -1,15 +1,15 @@
-"""int8 for the CPU: weights with a scale for each output, activations with a scale for each token.
+"""int8 for the CPU: one scale per output for the weights, one scale per token for the activations.
 
-Plain int8 is too coarse for this model: a few inputs of a layer are far from zero or far larger than the rest, and the
-steps that hold them swallow what tells two documents apart. So each layer's inputs are first moved and stretched, by
-numbers that a few built-in texts give when the model is loaded (Outlier Suppression+, arXiv:2304.09145; SmoothQuant,
-arXiv:2211.10438):
+Plain int8 is too coarse for this model: a few inputs of each layer lie far from zero or are much larger than the rest,
+and steps wide enough for them round away what tells two documents apart. So each layer's inputs are first shifted and
+scaled, by amounts found on a few built-in texts when the model is loaded (Outlier Suppression+, arXiv:2304.09145;
+SmoothQuant, arXiv:2211.10438):
 
     rows @ W.T + b  =  ((rows - shift) / stretch) @ (W * stretch).T  +  (b + W @ shift)
                        rounded, token by token      rounded by output   exact
 
-What that does to the output is measured on the same texts, layer by layer, and a layer that errs too much stays as it
-is. Sums are exact in int32, so that a score does not depend on the batch.
+Each layer's error is measured on the same texts, and a layer that errs too much stays in float32. Sums are exact in
+int32, so a score does not depend on the batch.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from .checks import check_model
 from .int8 import Grid, QuantisedLinear, levels_for
 from .packed import can_pack, run_packed
 from .products import linear
@@ -32,8 +33,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase, XLMRobertaForSequenceClassification
 
 LIMIT = 0.1
-"""How much a layer may err in int8: the error's size against that of the output's differences between tokens."""
+"""The largest error that a layer may have in int8, as `_error` measures it."""
 
+# Several languages and kinds of text, related and unrelated pairs. Each pair is cut at 40 tokens.
 TEXTS = [
     (
         "How do plants make food?",
@@ -58,40 +60,51 @@ logger = logging.getLogger(__name__)
 def quantise(
     model: XLMRobertaForSequenceClassification, tokenizer: PreTrainedTokenizerBase, folder: str | None = None
 ) -> None:
-    """Quantise a model in place, for `run_packed`: what `load_reranker(dtype="int8")` does after loading.
+    """Quantise a model in place. `load_reranker(dtype="int8")` calls this after loading.
 
-    The encoder's linear layers become `QuantisedLinear`, one after the other, so that there are never two copies of the
-    weights; the head, layer norms and embeddings stay in float32, and so do layers that err by more than `LIMIT`. What
-    stayed, and how far the logits of `TEXTS` moved, goes to the log. (Transformers maps a model.safetensors in float32
-    into memory. Until the end its pages count as the process's, but the system takes them back when memory runs short.)
+    The encoder's linear layers become `QuantisedLinear`, one after the other, so there are never two copies of the
+    weights. The head, layer norms and embeddings stay in float32, and so do layers that err by more than `LIMIT`. The
+    log says which stayed, and how far the logits of `TEXTS` moved.
 
     Args:
-        model: an XLM-RoBERTa in float32 on the CPU.
+        model: an XLM-RoBERTa in float32 on the CPU, in evaluation mode.
         tokenizer: the model's own.
-        folder: where the model was loaded from. If it holds a model.safetensors, the embeddings (1 GB of the 2.3 of
-            bge-reranker-v2-m3) stay in that file, which must not change while the model is in use, and only the rows
-            of tokens that occur are read from it. Otherwise they are kept in memory.
+        folder: where the model was loaded from. If it holds a model.safetensors, the embeddings (1 of the 2.3 GB of
+            bge-reranker-v2-m3) stay in that file, and only the rows of tokens that occur are read from it: the file
+            must not change while the model is in use. Default: they are kept in memory.
 
     Raises:
-        ValueError: the model is of another architecture, on another device, or was changed.
+        TypeError: the tokenizer is not a fast one.
+        ValueError: the model has another architecture or device, was changed, or is not in evaluation mode; or its
+            config has no pad token, or not the tokenizer's.
+
+    Example, with the `reranker` that `load_reranker` returned:
+
+    >>> pairs = [("what is a panda?", text) for text in ("The panda is a bear.", "Bread is baked in an oven.")]
+    >>> panda, bread = score(pairs, *reranker)
+    >>> quantise(reranker.model, reranker.tokenizer)
+    >>> panda8, bread8 = score(pairs, *reranker)
+    >>> assert panda8 > bread8
+    >>> assert abs(panda8 - panda) < 0.1 * (panda - bread)
     """
     device = torch.device("cpu")
     if not can_pack(model, device) or model.dtype != torch.float32:
         raise ValueError(f"int8 takes an unchanged XLM-RoBERTa in float32 on the CPU, not this {type(model).__name__}")
+    check_model(model, tokenizer, device)
     windows = tokenise(TEXTS, tokenizer, 40, None)
     *layers, last = model.roberta.encoder.layer
     for layer in [*layers, last]:
         own, output = layer.attention.self, layer.attention.output
-        # In the last layer queries are made of first tokens only.
+        # The last layer computes queries for first tokens only, so they do not share rows with keys and values.
         first = [("query",), ("key", "value")] if layer is last else [("query", "key", "value")]
         groups = [[(own, name) for name in names] for names in first]
         groups += [[(output, "dense")], [(layer.intermediate, "dense")], [(layer.output, "dense")]]
         for group in groups:
             for parent, name in list(group):
-                # GELU's values are hardly ever below zero: the next layer's inputs lie on one side.
+                # GELU's outputs are hardly ever below zero, so the layer after it gets one-sided inputs.
                 setattr(parent, name, _Pending(getattr(parent, name), group, parent is layer.output))
     with torch.no_grad():
-        exact = run_packed(windows, model, tokenizer, device)
+        exact = run_packed(windows, model, tokenizer, device)  # float32; each layer is replaced after its turn
         _leave_the_file(model, folder)
         moved = (run_packed(windows, model, tokenizer, device) - exact).abs().max().item()
     parts = dict(model.roberta.encoder.named_modules())
@@ -109,7 +122,7 @@ def quantise(
 
 
 def refuse_int8(config: PretrainedConfig, device: torch.device) -> str | None:
-    """Return why a model cannot be had in int8, which can be said before its weights are loaded, or None."""
+    """Return why a model cannot be quantised, as far as its config tells before weights are loaded, or None."""
     if device.type != "cpu":
         return (
             f"dtype is 'int8', which is for the CPU, and device is {str(device)!r}: pass another dtype or device='cpu'"
@@ -123,8 +136,8 @@ def refuse_int8(config: PretrainedConfig, device: torch.device) -> str | None:
 
 
 def _leave_the_file(model: XLMRobertaForSequenceClassification, folder: str | None) -> None:
-    """Copy what is left of the model out of the file that Transformers mapped into memory, so that this is given back;
-    then map the large tables of embeddings alone."""
+    """Copy what is left of the model, so that the file that Transformers mapped into memory is freed. Embeddings are
+    mapped again instead, each by itself."""
     with ExitStack() as stack:
         file, names = None, []
         if folder and (Path(folder) / "model.safetensors").exists():
@@ -137,8 +150,8 @@ def _leave_the_file(model: XLMRobertaForSequenceClassification, folder: str | No
 
 
 class _Pending(torch.nn.Module):
-    """Takes a linear layer's place until the first rows arrive. Then it and those that read the same rows are
-    quantised by them, and it does its float32 work for the last time."""
+    """Takes a linear layer's place until the first rows arrive. With them it quantises itself and the layers that read
+    the same rows, and then computes its own product in float32 one last time."""
 
     def __init__(self, source: torch.nn.Linear, rest: list[tuple[torch.nn.Module, str]], one_sided: bool):
         super().__init__()
@@ -157,7 +170,7 @@ class _Pending(torch.nn.Module):
 
 
 def _quantised(sources: list[torch.nn.Linear], rows: Tensor, one_sided: bool) -> list[torch.nn.Module]:
-    """Return for each layer its form in int8, or itself if that errs too much. `rows` are what they all read."""
+    """Return each layer in int8, or itself where that errs too much. `rows` (tokens, inputs) are what they all read."""
     levels = levels_for(*sources[0].weight.shape)
     shift = rows.mean(0)
     exact = [linear(rows, source.weight, source.bias) for source in sources]
@@ -173,10 +186,12 @@ def _quantised(sources: list[torch.nn.Linear], rows: Tensor, one_sided: bool) ->
 
 
 def _stretch(rows: Tensor, sources: list[torch.nn.Linear]) -> Tensor:
-    """Return a factor for each input that makes its values and its weights equally hard to round: half of what is
-    coarse in one goes to the other (SmoothQuant's alpha = 0.5)."""
+    """Return a factor for each input, (inputs,), that makes its values and its weights equally hard to round.
 
-    def size(*blocks: Tensor) -> Tensor:  # between root mean square and maximum: few rows say little of either
+    SmoothQuant with alpha = 0.5 (arXiv:2211.10438), except for what it takes as the size of an input.
+    """
+
+    def size(*blocks: Tensor) -> Tensor:  # geometric mean of root mean square and maximum: a few rows pin down neither
         sums = sum(torch.linalg.vector_norm(block, dim=0) ** 2 for block in blocks)
         largest = torch.stack([torch.maximum(block.amax(0), -block.amin(0)) for block in blocks]).amax(0)
         sizes = ((sums / sum(map(len, blocks))).sqrt() * largest).sqrt()
@@ -187,6 +202,6 @@ def _stretch(rows: Tensor, sources: list[torch.nn.Linear]) -> Tensor:
 
 
 def _error(rows: Tensor, exact: Tensor) -> float:
-    """Return the size of the error against that of the differences between tokens: what is common to all says nothing
-    about any."""
+    """Return the norm of the error as a share of the norm of `exact` around its mean over the tokens: what all tokens
+    have in common tells none of them apart. Both are (tokens, outputs)."""
     return ((rows - exact).norm() / (exact - exact.mean(0)).norm().clamp_min(1e-30)).item()

@@ -1,4 +1,4 @@
-"""From logits to a ranking: the best passage of each document (MaxP), then best document first."""
+"""From logits to a ranking: take each document's best passage (MaxP), and sort the documents by it."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ Document = TypeVar("Document")
 
 @dataclass(frozen=True, slots=True)
 class RankedDocument(Generic[Document]):
-    """A document and its place in the ranking. It unpacks as `document, score`."""
+    """A document with its score. It unpacks as `document, score`."""
 
     document: Document
-    """The very object that was passed in."""
+    """The object that was passed in."""
     score: float
     """The raw logit, unbounded: higher is more relevant."""
     index: int
     """Its position in the input."""
     truncated: bool
-    """Whether text beyond `max_length` was left out, so that the score is for the beginning only."""
+    """Whether text beyond `max_length` was left out, so that the score is that of the beginning."""
     passage: tuple[int, int]
-    """The characters that scored: `text[start:end]`. With `stride=` the best window, else what fitted."""
+    """The characters that the score is for: `text[start:end]`. With `stride` the best window, else what fitted."""
     tokens: int
-    """How many tokens the model read for it: the document, and with each of its windows the query and special tokens.
-    Equal texts are read once, and all say so."""
+    """Tokens that the model read for it: the document, and for each of its windows the query and special tokens again.
+    Equal texts are read once, but each counts all tokens."""
 
     @property
     def probability(self) -> float:
-        """The logit's sigmoid, between 0 and 1. Same order; what a value means must be measured on your data."""
+        """The logit's sigmoid, from 0 to 1. The order is the same; what a value means must be measured on your data."""
         return torch.tensor(self.score, dtype=torch.float32).sigmoid().item()
 
     def __iter__(self) -> Iterator[Any]:
@@ -62,21 +62,21 @@ def rerank(
 
     Args:
         query: the question or search text.
-        documents: strings, or any objects together with `key`, as a list, a column of a table, a generator. Equal
-            texts are scored once.
+        documents: strings, or any objects if `key` is given, in a list, a column of a table or a generator. Equal texts
+            are scored once.
         model: a sequence classifier with one label: from `load_reranker`, or anything that is called like one of
             Transformers' and returns `.logits` of shape (pairs, 1), such as an ONNX Runtime export.
         tokenizer: the model's own, a fast one.
         device: where the model is.
         top_n: how many documents to return, at least 1. Default: all.
-        key: a function that gives a document's text, as in `sorted`, e.g. `lambda row: row["text"]`.
+        key: a function that returns a document's text, as in `sorted`.
         max_length: limit of a pair in tokens: query, document and special tokens together.
-        stride: None reads the first `max_length` tokens and reports `truncated`. A number reads all of a long
-            document in windows of up to `max_length` tokens, neighbours sharing `stride` tokens of the document (the
-            tokenizer's own `stride`), and takes the best window's score: MaxP (Dai and Callan, SIGIR 2019,
+        stride: None reads the first `max_length` tokens of a pair and reports `truncated`. A number, at least 0, reads
+            a long document whole: in windows of up to `max_length` tokens, query included, of which neighbours share
+            `stride` tokens of the document. The best window's score counts: MaxP (Dai and Callan, SIGIR 2019,
             arXiv:1905.09217).
-        batch_tokens: budget of a batch in tokens with padding; a longer pair goes alone. Default: `BATCH_TOKENS`.
-        show_progress: show a progress bar in documents.
+        batch_tokens: budget of a batch in tokens, padding included; a longer pair goes alone. Default: `BATCH_TOKENS`.
+        show_progress: show a progress bar that counts documents.
 
     Returns:
         `RankedDocument`s by descending score, ties in input order; [] for no documents.
@@ -84,6 +84,15 @@ def rerank(
     Raises:
         TypeError, ValueError: bad input; the message names it, as in `documents[3] is NoneType, expected str`.
         ArithmeticError: the model returned NaN or an infinity; the message names the document.
+
+    Example, with the `reranker` that `load_reranker` returned:
+
+    >>> bread = "Bread is baked in an oven. "
+    >>> pages = [{"id": 7, "text": bread}, {"id": 8, "text": bread * 99 + "The panda is a bear."}]
+    >>> options = {"key": lambda page: page["text"], "max_length": 64, "stride": 16}
+    >>> best, other = rerank("what is a panda?", pages, *reranker, **options)
+    >>> assert best.document is pages[1] and best.score > other.score
+    >>> assert pages[1]["text"][slice(*best.passage)].endswith("The panda is a bear.")
     """
     check_text("query", query)
     documents = check_list("documents", documents, "a list of documents")

@@ -1,4 +1,4 @@
-"""From (query, document) pairs to logits: tokenise, sort by length, batch by a budget of tokens, run, restore order."""
+"""From (query, document) pairs to logits: tokenise, sort by length, cut into batches, run, restore the order."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_LENGTH = 512
-"""Default limit of a pair, in tokens: query, document and special tokens together."""
+"""Default limit of a pair in tokens: query, document and special tokens together."""
 
 BATCH_TOKENS = {"cpu": 512, "packed": 1024, "cuda": 16_384}
-"""Default budget of a batch, in tokens with padding: small batches pad little and stay in the cache. The fast path of
-`packed.py` pads nothing, so that larger ones pay."""
+"""Default batch budget in tokens, padding included, by type of device; "packed" is the fast path of `packed.py`. On
+a CPU small batches pad little and stay in the cache (benchmarks/results/ablation.md)."""
 
 logger = logging.getLogger(__name__)
 
 
 class Passage(NamedTuple):
-    """A stretch of a document, `document[start:end]` in characters, and the logit that the model gives it."""
+    """The characters `document[start:end]`, and their logit."""
 
     logit: float
     start: int
@@ -39,14 +39,14 @@ class Passage(NamedTuple):
 
 
 class ScoredPair(NamedTuple):
-    """What the model made of one pair."""
+    """What scoring one pair gave."""
 
     passages: list[Passage]
     """At least one, in the order of the text."""
     truncated: bool
     """Whether text beyond `max_length` was left out."""
     tokens: int
-    """How many tokens the model read, the query and special tokens of each window included, padding not."""
+    """Tokens that the model read, with the query and special tokens of each window, without padding."""
 
 
 class _Input(NamedTuple):
@@ -69,7 +69,7 @@ def score(
     batch_tokens: int | None = None,
     show_progress: bool = False,
 ) -> list[float]:
-    """Score (query, document) pairs, of one query or of many.
+    """Score (query, document) pairs, for one query or many.
 
     Args:
         pairs: (query, document) tuples of strings.
@@ -77,18 +77,24 @@ def score(
             Transformers' and returns `.logits` of shape (pairs, 1), such as an ONNX Runtime export.
         tokenizer: the model's own, a fast one.
         device: where the model is.
-        max_length: limit of a pair in tokens, special tokens included. Longer documents are cut at their end, without
-            a word: `rerank` reports it, and its `stride=` reads the whole document.
-        batch_tokens: budget of a batch in tokens with padding; a longer pair goes alone. Default: `BATCH_TOKENS`.
-            It changes speed and memory, and scores by rounding errors only (about 1e-6 in float32).
-        show_progress: show a progress bar in documents.
+        max_length: limit of a pair in tokens, special tokens included. The end of a longer document is silently left
+            out. `rerank` reports that, and reads the whole document with `stride`.
+        batch_tokens: budget of a batch in tokens, padding included; a longer pair goes alone. Default: `BATCH_TOKENS`.
+            It affects speed and memory, and scores only by rounding errors (about 1e-6 in float32).
+        show_progress: show a progress bar that counts documents.
 
     Returns:
-        One raw logit a pair, in input order: unbounded, higher is more relevant. Equal pairs get equal logits.
+        One raw logit per pair, in input order: unbounded, higher is more relevant. Equal pairs get equal logits.
 
     Raises:
-        TypeError, ValueError: bad input; the message names the place. Nothing has been scored then.
+        TypeError, ValueError: bad input; the message says where, as in `pairs[1][0] is NoneType, expected str`.
         ArithmeticError: the model returned NaN or an infinity for a pair.
+
+    Example, with the `reranker` that `load_reranker` returned:
+
+    >>> query = "what is a panda?"
+    >>> panda, bread = score([(query, "The panda is a bear."), (query, "Bread is baked in an oven.")], *reranker)
+    >>> assert panda > bread
     """
     scored = score_pairs(
         check_pairs(pairs),
@@ -114,10 +120,10 @@ def score_pairs(
     show_progress: bool = False,
     name: str = "pairs",
 ) -> list[ScoredPair]:
-    """Like `score`, but with the passages: the first `max_length` tokens, or with `stride` all overlapping windows.
+    """Like `score`, but return passages: one of the first `max_length` tokens, or with `stride` one for each window.
 
-    The texts must have passed `check_text`. `name` is what error messages call the list that the user passed in:
-    "pairs", or "documents" where there is one query.
+    The texts must have passed `check_text`. `name` is what errors call the list that the caller passed in: "pairs", or
+    "documents" if all pairs have one query.
     """
     device = torch.device(device)
     check_model(model, tokenizer, device)
@@ -130,10 +136,10 @@ def score_pairs(
     if not pairs:
         return []
 
-    copies = Counter(pairs)  # equal pairs are scored once, so that they tie exactly
+    copies = Counter(pairs)  # equal pairs are scored once, so they tie exactly
     first_place = {pair: place for place, pair in reversed(list(enumerate(pairs)))}
-    # By length in characters, for each chunk to hold pairs of like length. Equal lengths go by the text, so that chunks
-    # and batches, and with them rounding errors, do not depend on the order of the input.
+    # By length in characters, so that a chunk holds pairs of similar length. Equal lengths are sorted by text, so that
+    # chunks and batches, and with them rounding errors, do not depend on the order of the input.
     unique = sorted(copies, key=lambda pair: (-len(pair[0]) - len(pair[1]), pair))
     with (
         closing(tokenise_ahead(unique, tokenizer, max_length, stride)) as chunks,
@@ -150,7 +156,7 @@ def score_pairs(
     for window, logit in results:
         read.setdefault(window.pair, []).append((window, logit))
     scored = {}
-    for pair in copies:  # in input order, for the error to name the first
+    for pair in copies:  # in input order, so that the error names the first
         windows = sorted(read[pair], key=lambda result: result[0].start)
         passages = [Passage(logit, window.start, window.end) for window, logit in windows]
         for logit, *_ in passages:
@@ -170,16 +176,19 @@ def _run(
     batch_tokens: int,
     done: Callable[[Pair], object],
 ) -> Iterator[tuple[_Input, float]]:
-    """Return what the model read, each with its logit, in the order in which it was read.
+    """Return what the model read, each input with its logit, in the order in which they were read.
 
-    `forward` takes a batch and returns its logits, shape (windows, 1), still on the device.
-    `done(pair)` is called when a pair's last window has been given to the model.
+    Args:
+        chunks: windows in any order; those of one pair are in one chunk.
+        forward: takes a batch and returns its logits, (windows, 1), on any device.
+        batch_tokens: budget of a batch in tokens. Halved on a CUDA out-of-memory error, for the rest of the call.
+        done: called with a pair when its last window has been given to the model.
     """
     inputs, logits = [], []
     with torch.inference_mode():
         for chunk in chunks:
-            # Longest first: batches pad little, and memory peaks at once. Equal lengths go by their tokens, so that
-            # batches, and with them rounding errors, do not depend on the order of the input.
+            # Longest first, so that batches pad little and memory peaks early. Equal lengths are sorted by tokens, so
+            # that batches, and with them rounding errors, do not depend on the order of the input.
             queue = sorted(chunk, key=lambda window: (-len(window.token_ids), window.token_ids))
             waiting = Counter(window.pair for window in queue)
             begin = 0
@@ -197,12 +206,12 @@ def _run(
                     continue
                 begin += len(batch)
                 for window in batch:
-                    # Not the window itself: the tokens of 100,000 documents would take a gigabyte.
+                    # Not the whole window: the tokens of 100,000 documents would take a gigabyte.
                     inputs.append(_Input(*window[:4], len(window.token_ids)))
                     waiting[window.pair] -= 1
                     if not waiting[window.pair]:
                         done(window.pair)
-        # Only here the results leave the device: a copy after each batch would make the GPU wait for Python.
+        # Only now do results leave the device: a copy after each batch would make the GPU wait for Python.
         return zip(inputs, torch.cat(logits).tolist(), strict=True)
 
 

@@ -1,4 +1,4 @@
-"""From (query, document) pairs to what the model reads: token ids within the limit, and the characters behind them."""
+"""From (query, document) pairs to what the model reads: token ids within the limit, and which characters they cover."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CHUNK = 256
-"""Pairs that are tokenised at a time, while the model is busy with the ones before."""
+"""Pairs tokenised at a time, while the model is busy with the chunk before."""
 
 CHUNK_CHARACTERS = 400_000
-"""Where a chunk ends early: long texts fill the memory (about 100 bytes a character), and Ctrl-C waits for a chunk."""
+"""Characters at which a chunk ends early: each takes about 100 bytes, and Ctrl-C waits for the chunk to end."""
 
 Pair = tuple[str, str]
+"""Query and document."""
 
-# A fast tokenizer keeps its truncation settings inside: two threads with different ones break each other's call.
+# A fast tokenizer stores truncation settings, so threads that use different ones would break each other's calls.
 _lock = threading.Lock()
 
 
@@ -30,27 +31,30 @@ def _renew_lock() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    # A process that is forked while another thread tokenises would inherit the lock closed, and wait for ever.
+    # A process forked while another thread tokenises would inherit the lock closed, and wait for ever.
     os.register_at_fork(after_in_child=_renew_lock)
 
 
 class Window(NamedTuple):
-    """One input of the model: the query's tokens and as many of the document's as fit, `document[start:end]`."""
+    """One input of the model: the query, and as much of the document as fits."""
 
     pair: Pair
     start: int
     end: int
+    """It holds the characters `document[start:end]`."""
     truncated: bool
+    """Whether the rest of the document is in no window."""
     token_ids: list[int]
     type_ids: list[int]
+    """As long as `token_ids`."""
 
 
 def count_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the number of tokens of each text, special tokens left out."""
+    """Return the number of tokens of each text, without special tokens."""
     counts = []
     for chunk in _chunks(texts):
         with _lock:
-            # verbose=False: the tokenizer's own warning of a long text comes without a remedy.
+            # verbose=False: the tokenizer's own warning about long texts names no remedy.
             encodings = tokenizer(chunk, add_special_tokens=False, verbose=False).encodings
         counts += map(len, encodings)
     return counts
@@ -59,7 +63,7 @@ def count_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[i
 def tokenise_ahead(
     pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, max_length: int, stride: int | None
 ) -> Iterator[list[Window]]:
-    """Yield the windows of the pairs, chunk by chunk. A thread tokenises the next one: a GPU must not wait for that."""
+    """Yield the windows of the pairs, chunk by chunk. A thread tokenises the next chunk, so that no GPU has to wait."""
     thread = ThreadPoolExecutor(1)
     try:
         ahead = None
@@ -70,11 +74,11 @@ def tokenise_ahead(
         if ahead is not None:
             yield ahead.result()
     finally:
-        thread.shutdown(cancel_futures=True)  # after an error or Ctrl-C, nothing more is begun
+        thread.shutdown(cancel_futures=True)  # after an error or Ctrl-C, start no more chunks
 
 
 def _chunks(texts: list) -> Iterator[list]:
-    """Cut a list of strings, or of pairs of them, into chunks that tokenise in well under a second."""
+    """Cut a list of strings or pairs into chunks that tokenise in well under a second."""
     chunk, characters = [], 0
     for text in texts:
         size = len(text) if isinstance(text, str) else sum(map(len, text))
@@ -90,12 +94,26 @@ def _chunks(texts: list) -> Iterator[list]:
 def tokenise(
     pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, max_length: int, stride: int | None
 ) -> list[Window]:
-    """Return the windows of all pairs: of each one without `stride`, else as many as hold the whole document.
+    """Return the windows of all pairs, in order: one per pair, or with `stride` as many as hold the whole document.
 
-    There must be room for the document: `max_length` above the query's tokens, the special ones and `stride`.
+    Args:
+        pairs: at least one (query, document).
+        tokenizer: a fast one.
+        max_length: limit of a window in tokens; more than the query's tokens, the special ones and `stride` together.
+        stride: tokens of the document that neighbouring windows share. None cuts the document off.
+
+    Raises:
+        RuntimeError: the tokenizer lost a part of a document.
+        ValueError: a text spells out a special token, and the tokenizer has no unknown and no pad token to replace it.
+
+    Example, with the `reranker` that `load_reranker` returned:
+
+    >>> text = " ".join(["bread"] * 300)
+    >>> first, *_, last = tokenise([("panda", text)], reranker.tokenizer, max_length=64, stride=16)
+    >>> assert (len(first.token_ids), first.start, last.end) == (64, 0, len(text))
     """
-    # Windows are cut here, from whole texts. The tokenizer's own truncation makes all windows whether wanted or not,
-    # each with the query again, and takes gigabytes for a long document; in tokenizers 0.23.1 and 0.23.2 it also loses
+    # Windows are cut here, from whole texts. The tokenizer's own truncation makes all windows, wanted or not, each with
+    # its own copy of the query, and takes gigabytes for a long document. In tokenizers 0.23.1 and 0.23.2 it also loses
     # most of them (huggingface/tokenizers#2091).
     with _lock:
         queries, documents = map(list, zip(*pairs, strict=True))
@@ -131,7 +149,7 @@ def _windows(
         span = (encoding.token_to_chars(start)[0], encoding.token_to_chars(stop - 1)[1]) if start < stop else (0, 0)
         kept = [row[:begin] + row[start:stop] + row[end:] for row in (token_ids, type_ids)]
         windows.append(Window(pair, *span, stop < end and stride is None, *kept))
-    # Not assumed: a tokenizer that cuts unasked, or a window that is missing, would cost a wrong ranking.
+    # A tokenizer that truncates unasked, or a missing window, would silently cause a wrong ranking.
     if encoding.overflowing or 1 in sequences[end:] or (stride is not None and covered != end):
         raise RuntimeError("the tokenizer lost a part of a document: try another version of the package tokenizers")
     return windows
@@ -140,11 +158,16 @@ def _windows(
 def _without_controls(
     token_ids: list[int], sequences: list[int | None], controls: set[int], tokenizer: PreTrainedTokenizerBase
 ) -> list[int]:
-    """Make `</s>` or `<mask>` that someone wrote in a text unknown words: they must not steer the model.
+    """Replace special tokens that a text spells out, such as `</s>`, with the unknown token, lest they steer the model.
 
-    `split_special_tokens=True` does not do it for XLM-RoBERTa, whose vocabulary holds the special tokens as pieces too.
+    `split_special_tokens=True` does not do this for XLM-RoBERTa, whose vocabulary has the special tokens as pieces too.
     """
     unknown = tokenizer.pad_token_id if tokenizer.unk_token_id is None else tokenizer.unk_token_id
+    if unknown is None:
+        raise ValueError(
+            "a text spells out a special token of the tokenizer, which has no unknown and no pad token to put in its "
+            "place: set tokenizer.pad_token"
+        )
     return [
         unknown if sequence is not None and token in controls else token
         for token, sequence in zip(token_ids, sequences, strict=True)

@@ -1,14 +1,21 @@
 """`load_reranker`: the defaults, what it refuses, and what it says when weights can't be had."""
 
+import doctest
+import importlib
 import logging
+import pkgutil
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import make_model, make_tokenizer
 
-from reranker_helpers import Reranker, load_reranker, rerank
+import reranker_helpers
+from reranker_helpers import Reranker, load_reranker, rerank, score
 
 
 def test_a_folder_loads_ready_to_rerank(tiny_folder, caplog):
@@ -35,6 +42,18 @@ def test_without_cuda_the_default_is_the_cpu(tiny_folder, monkeypatch):
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
 def test_dtype_as_string_or_torch_dtype(tiny_folder, dtype):
     assert load_reranker(str(tiny_folder), device="cpu", dtype=dtype).model.dtype == torch.bfloat16
+
+
+def test_weights_stored_in_float8(tiny_folder, tmp_path):
+    """As the stand-in's are. Transformers 4 did not convert them, and torch adds no numbers in float8."""
+    shutil.copytree(tiny_folder, tmp_path, dirs_exist_ok=True)
+    weights = load_file(tiny_folder / "model.safetensors")
+    save_file(
+        {name: weight.to(torch.float8_e4m3fn) for name, weight in weights.items()}, tmp_path / "model.safetensors"
+    )
+    reranker = load_reranker(tmp_path, device="cpu")
+    assert {weight.dtype for weight in reranker.model.parameters()} == {torch.float32}
+    assert len(rerank("panda", ["bear", "bread"], *reranker)) == 2
 
 
 @pytest.mark.parametrize("dtype", ["float31", "nn", torch.int16, 16, "float8_e4m3fn", torch.float8_e4m3fn])
@@ -93,3 +112,17 @@ def test_importing_takes_no_longer_than_torch_and_transformers():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_the_examples_in_docstrings_are_true(monkeypatch):
+    """Of the whole package. What `load_reranker` loads by default is the stand-in here."""
+    monkeypatch.setattr(load_reranker, "__defaults__", (Path(__file__).with_name("stand_in_model"),))
+    names = [module.name for module in pkgutil.iter_modules(reranker_helpers.__path__, "reranker_helpers.")]
+    results = [
+        doctest.testmod(
+            importlib.import_module(name), extraglobs={"score": score, "reranker": load_reranker(device="cpu")}
+        )
+        for name in ["reranker_helpers", *names]
+    ]
+    assert sum(result.failed for result in results) == 0
+    assert sum(result.attempted for result in results) > 20

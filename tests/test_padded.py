@@ -114,6 +114,28 @@ def test_without_a_pad_token(tokenizer, caplog):
     assert not caplog.records
 
 
+@pytest.mark.parametrize("model_type", ["roberta", "xlm-roberta", "mpnet"])
+def test_without_the_pad_token_that_positions_are_counted_from(tokenizer, tmp_path, model_type):
+    """Such a model loads. Scoring it was an error about adding NoneType and int, and loading it in int8 one about bool
+    and cumsum."""
+    model = make(model_type, tokenizer, pad_token_id=None)
+    message = rf"pad_token_id is None, but {model_type} counts positions from it.* \(the tokenizer has 1\), and load"
+    with pytest.raises(ValueError, match=message):
+        score([(QUERY, "panda")], model, tokenizer, "cpu", max_length=60)
+    if model_type == "xlm-roberta":
+        model.save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=message):
+            load_reranker(tmp_path, device="cpu", dtype="int8")
+
+
+def test_a_special_token_in_a_text_without_an_unknown_or_pad_token(tokenizer):
+    """As with Llama 3's tokenizer: it was torch's error about the dtype of NoneType."""
+    tokenizer.unk_token = tokenizer.pad_token = None
+    with pytest.raises(ValueError, match=r"a text spells out a special token.*: set tokenizer\.pad_token"):
+        score([(QUERY, "panda </s>")], make("llama", tokenizer, pad_token_id=None), tokenizer, "cpu", max_length=60)
+
+
 def test_two_pad_tokens_that_differ(tokenizer):
     """A decoder looks for the end of a text by its own pad token: scores were wrong by up to 2.4 in batches."""
     with pytest.raises(ValueError, match=r"tokenizer\.pad_token_id is 1, but model\.config\.pad_token_id is 2"):
@@ -149,6 +171,14 @@ def test_the_limit_is_the_models(tokenizer, model_type):
         score([(QUERY, "panda")], model, tokenizer, "cpu", max_length=limit + 1)
     (result,) = rerank(QUERY, ["panda " * 100], model, tokenizer, "cpu", max_length=limit)
     assert result.tokens == limit
+
+
+def test_a_model_of_unlimited_length(tokenizer):
+    """XLNet's config says -1 positions: every call was refused, because "the model reads at most -1 tokens"."""
+    sizes = {"d_model": 32, "n_layer": 2, "n_head": 4, "d_head": 8, "d_inner": 64}
+    config = transformers.XLNetConfig(vocab_size=len(tokenizer), num_labels=1, pad_token_id=1, **sizes)
+    alone, together = alone_and_together(transformers.XLNetForSequenceClassification(config).eval(), tokenizer)
+    assert together == pytest.approx(alone, abs=1e-4)
 
 
 def test_all_architectures_that_count_positions_from_the_padding_are_known():
