@@ -66,6 +66,15 @@ def check_complete(
         logger.warning("%s holds weights that are not used: %s", where, _some(unused))
     if not tokenizer.is_fast:
         raise TypeError(f"tokenizer is {type(tokenizer).__name__}, expected a fast one: it knows each token's place")
+    types = getattr(model.config, "type_vocab_size", None) or 0
+    if types > 1 and "token_type_ids" not in tokenizer.model_input_names:
+        # Not an error: BigBird is trained like this.
+        logger.warning(
+            "%s tells query and document apart by token types, but its tokenizer returns none, so every token counts "
+            "as the query's. Unless the model was trained like this, add token_type_ids to model_input_names in "
+            "tokenizer_config.json",
+            where,
+        )
     rows = model.get_input_embeddings().weight.shape[0]
     vocabulary = tokenizer.get_vocab()
     highest = max(vocabulary.values(), default=-1)

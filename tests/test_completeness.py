@@ -12,6 +12,7 @@ from tiny import make_model, make_tokenizer
 
 from reranker_helpers import load_reranker
 
+TYPES = "roberta.embeddings.token_type_embeddings.weight"
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'4d7a2146' * 8}\nsize 2271071852\n"
 
 
@@ -185,3 +186,17 @@ def test_a_damaged_copy_in_the_hubs_cache(tiny_folder, tmp_path, monkeypatch):
     ) as caught:
         load_reranker("someone/reranker")
     assert f"Delete {snapshot}" in str(caught.value)
+
+
+def test_a_tokenizer_without_the_token_types_that_tell_query_and_document_apart(folder, caplog):
+    """The stand-in ranked at random, without a word, once somebody had saved its tokenizer with another class."""
+    change_weights(folder, lambda weights: weights | {TYPES: weights[TYPES].repeat(2, 1)})
+    change_config(folder, type_vocab_size=2)
+    load_reranker(folder)
+    assert "add token_type_ids to model_input_names in tokenizer_config.json" in caplog.text
+    caplog.clear()
+    file = folder / "tokenizer_config.json"
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_input_names": names}))
+    load_reranker(folder)
+    assert "token_type_ids" not in caplog.text
