@@ -51,6 +51,12 @@ def embed(texts: list[str], model) -> np.ndarray:
     return np.stack(vectors)
 
 
+def add_minilm(e5: np.ndarray, minilm: np.ndarray) -> np.ndarray:
+    """The mean of both teachers' similarities, on e5's scale."""
+    both = e5 + MINILM_SCALE * minilm
+    return (both - both.mean()) / 2 + e5.mean()
+
+
 def groups(rows: list[dict], e5: Teacher, minilm: MiniLM, rng: np.random.Generator):
     """The groups of the rows of one language and source."""
     size = CHARACTERS[rows[0]["source"]]
@@ -63,8 +69,7 @@ def groups(rows: list[dict], e5: Teacher, minilm: MiniLM, rng: np.random.Generat
     near = asked @ found.T
     taught = near
     if rows[0]["language"] == "en":
-        taught = near + MINILM_SCALE * (embed(queries, minilm) @ embed(pool, minilm).T)
-        taught = (taught - taught.mean()) / 2 + near.mean()
+        taught = add_minilm(near, embed(queries, minilm) @ embed(pool, minilm).T)
     titles: dict[str, set[int]] = {}
     for row in rows:  # several queries of an article share its text, or parts of it
         titles.setdefault(row["query"], set()).add(place[row["document"][:size]])

@@ -188,7 +188,6 @@ def train(start: Path, data: Path, out: Path, steps: int) -> None:
     with torch.no_grad():
         for parameter, *two in zip(used, *saved, strict=True):
             parameter.copy_(rounded(sum(two) / 2))
-    del model.config.gates
     save(model, tokenizer, out)
 
 
