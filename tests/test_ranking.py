@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import TEXT, KeywordModel, plain_score
 
-from reranker_helpers import RankedDocument, rerank
+from reranker_helpers import rerank
 
 QUERY = "what is a panda"
 DOCUMENTS = ["the bear lives in forests of china", "bread", "", "panda", "it eats bamboo and bread", "moon"]
@@ -78,10 +78,6 @@ def test_none_one_and_empty_documents(tiny):
     (result,) = rerank(QUERY, [""], *tiny)
     assert result.score == pytest.approx(plain_score(QUERY, "", tiny.model, tiny.tokenizer), abs=1e-4)
     assert (result.passage, result.truncated) == ((0, 0), False)
-
-
-def test_any_iterable_of_documents(tiny):
-    assert rerank(QUERY, iter(DOCUMENTS), *tiny) == rerank(QUERY, tuple(DOCUMENTS), *tiny)
 
 
 @dataclass
@@ -247,11 +243,6 @@ def test_errors_speak_of_documents(tiny):
 
     with pytest.raises(ArithmeticError, match=r"nan for documents\[0\]"):
         rerank(QUERY, DOCUMENTS, Broken(), tiny.tokenizer, "cpu")
-
-
-def test_repr_is_readable():
-    result = RankedDocument("panda", 1.5, 3, False, (0, 5), 9)
-    assert repr(result).endswith("(document='panda', score=1.5, index=3, truncated=False, passage=(0, 5), tokens=9)")
 
 
 def test_a_table_is_refused(tiny):
