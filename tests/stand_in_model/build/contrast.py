@@ -14,18 +14,32 @@ from pathlib import Path
 import numpy as np
 import torch
 from compare import save
-from construct import PREFIXES, encode, read
+from construct import HEAD, PREFIXES, WIDTH, encode, read, sample
 from data import facts
 from distil import BFLOAT16, MODEL, Teacher, freeze_gates, rounded
 from e5 import read_e5
 from mine import SAME, MiniLM, add_minilm, embed
 from torch import Tensor
 from torch.nn import functional as F
-from train import CALIBRATION, FACTS, LENGTH, MINED, OPENED, WRONG, fact, first, held_out, keep_exact, loss
+from train import (
+    AJAR,
+    CALIBRATION,
+    FACTS,
+    LENGTH,
+    MINED,
+    OPENED,
+    WRONG,
+    fact,
+    first,
+    held_out,
+    keep_exact,
+    loss,
+    open_layers,
+)
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-STEPS, RATE, WARMUP = 240, 4e-5, 15
-KINDS = {"contrast": 0.45, "facts": 0.3, "groups": 0.25}  # shares of the steps
+STEPS, RATE, WARMUP = 180, 4e-5, 15
+KINDS = {"contrast": 0.6, "facts": 0.3, "groups": 0.1}  # shares of the steps
 SOURCES = {  # rows of each source and language, and their share of the steps
     ("python", "en"): (4500, 0.6),
     ("wiki", "en"): (2500, 0.24),
@@ -35,9 +49,38 @@ SOURCES = {  # rows of each source and language, and their share of the steps
 CLUSTERS, SIZE, NEAREST = 3, 8, 30  # a batch: three rows, each with seven of the thirty that its query is nearest to
 QUERY = 200  # characters of a query at most
 CUTS = ((300, 0.3), (800, 0.4), (2000, 0.3))  # characters of a document at most, share of these steps
-LONG = 512  # tokens of such a pair at most
+LONG = 480  # tokens of such a pair at most
+STARTS = (6, 32)  # where documents begin, in tokens
 TEMPERATURE, LABEL = 0.02, 0.5
+NARROW = 6.0  # instead of train.py's AJAR: so open, 400 tokens of a document outweigh a query's ten
 SPARED = 15  # every 15th row is not trained on
+
+
+@torch.no_grad()
+def leave_out_separators(model, tokenizer, data: Path) -> None:
+    """Keep <s> and </s> out of the averages that the last layer compares.
+
+    e5 makes them its attention sinks, and their LayerNorms then shrink the gates to nothing. Open to both sides, they
+    would put some of the document into the query's average. A regression finds what tells them from other tokens.
+    """
+    attention = model.roberta.encoder.layer[-1].attention.self
+    inputs = encode(tokenizer, sample(read(data / "pairs.jsonl"), 25, seed=9), 128)
+    inside = inputs["attention_mask"].bool()
+    hidden = model.roberta(**inputs, output_hidden_states=True).hidden_states[-2]
+    special = torch.isin(inputs["input_ids"], torch.tensor([tokenizer.bos_token_id, tokenizer.eos_token_id]))[inside]
+    mask = torch.zeros(inside.shape).masked_fill(~inside, -1e9)[:, None, None]
+    tokens = torch.cat([hidden[inside], torch.ones(int(inside.sum()), 1)], 1).double()
+    weight = torch.where(special, (~special).sum() / special.sum(), 1.0)[:, None].double()
+    moment = tokens.T @ (tokens * weight) + 1e-3 * torch.eye(WIDTH + 1)
+    line = torch.linalg.solve(moment, tokens.T @ (special[:, None] * weight))[:-1, 0].float()
+    before = attention(hidden, mask)[0][:, 0]
+    attention.key.weight[::HEAD] -= line
+    after = attention(hidden, mask)[0][:, 0]
+    # The averages keep their centre and their spread.
+    ratio = before.std(0).view(2, -1).mean(1).div(after.std(0).view(2, -1).mean(1)).repeat_interleave(WIDTH // 2)
+    attention.value.weight *= ratio[:, None]
+    attention.value.bias.copy_(before.mean(0) - ratio * (after.mean(0) - attention.value.bias))
+    print(f"separators left out; the averages' spread was {ratio.unique().tolist()} of what it is now", flush=True)
 
 
 class Rows:
@@ -91,16 +134,22 @@ class Rows:
         return texts[0]["query"], [text["document"] for text in texts], target
 
 
-def every_pair(model, inputs: dict[str, Tensor]) -> Tensor:
-    """Logits of each query (row) with each document (column) of a batch of pairs."""
+def every_pair(model, inputs: dict[str, Tensor], starts: Tensor) -> Tensor:
+    """Logits of each query (row) with each document (column) of a batch of pairs.
+
+    `starts` says at which position each document begins. Behind its own query, a document's position would give away
+    how long that query is, and so which one is right.
+    """
     segment, inside = inputs["token_type_ids"], inputs["attention_mask"].bool()
+    positions = torch.arange(segment.shape[1]) + 2 + segment * (starts - segment.argmax(1))[:, None]
+    positions = positions.clamp(max=513).masked_fill(~inside, 1)
     seen = (segment[:, :, None] == segment[:, None]) & inside[:, None]
     seen[:, :, 0] = True
     seen[:, 0, 1:] = False
     mask = torch.zeros(seen.shape).masked_fill(~seen, -1e9).unsqueeze(1)
     *lower, last = model.roberta.encoder.layer
     with BFLOAT16:
-        hidden = model.roberta.embeddings(input_ids=inputs["input_ids"], token_type_ids=segment)
+        hidden = model.roberta.embeddings(inputs["input_ids"], segment, positions)
         for layer in lower:
             hidden = layer(hidden, mask.to(hidden.dtype))
     hidden, own, count = hidden.float(), last.attention.self, len(hidden)
@@ -133,7 +182,7 @@ def spared(model, tokenizer, sources: dict[tuple[str, str], Rows]) -> str:
     shown = []
     for name, source in sources.items():
         rows = [source.texts(i, 800) for i in range(0, len(source.rows), SPARED)][:100]
-        logits = every_pair(model, encode(tokenizer, rows, LONG))
+        logits = every_pair(model, encode(tokenizer, rows, LONG), torch.full((len(rows),), 16))
         right = logits.diagonal()
         first = (logits.argmax(1) == torch.arange(len(logits))).float().mean()
         others = (logits > 0).float().sum() - (right > 0).sum()
@@ -163,6 +212,8 @@ def train(packages: Path, data: Path, start: Path, out: Path, steps: int) -> Non
     shares = [share for _, share in SOURCES.values()]
     tokenizer = AutoTokenizer.from_pretrained(start)
     model = AutoModelForSequenceClassification.from_pretrained(start, dtype=torch.float32).eval()
+    open_layers(model, AJAR, NARROW)
+    leave_out_separators(model, tokenizer, data)
     keep_exact(model.roberta.encoder.layer[-1])
     freeze_gates(model, model.config.gates, opened=OPENED)
     used = list(model.parameters())
@@ -182,7 +233,7 @@ def train(packages: Path, data: Path, start: Path, out: Path, steps: int) -> Non
         size = CUTS[rng.choice(len(CUTS), p=[share for _, share in CUTS])][0]
         if kind == "contrast":
             rows, *tables = source.batch(size, rng)
-            logits = every_pair(model, encode(tokenizer, rows, LONG))
+            logits = every_pair(model, encode(tokenizer, rows, LONG), torch.randint(*STARTS, (len(rows),)))
             parts, right = contrast(logits, *tables), torch.arange(len(rows))
         else:
             groups = [fact(known, rng) for _ in range(FACTS)]

@@ -95,13 +95,13 @@ def loss(logits: Tensor, target: Tensor) -> dict[str, Tensor]:
     }
 
 
-def open_layers(model) -> None:
-    """Let a token see some of the other text."""
+def open_layers(model, before: float, after: float) -> None:
+    """Let a token see more or less of the other text: attention to it is smaller by `after` logits, not by `before`."""
     for layer in model.roberta.encoder.layer[OPENED:12]:
         for part in (layer.attention.self.query, layer.attention.self.key):
             for start in (HEAD - 2, HEAD - 1):
-                part.weight.data[start:WIDTH:HEAD] *= (AJAR / CLOSED) ** 0.5
-                part.bias.data[start:WIDTH:HEAD] *= (AJAR / CLOSED) ** 0.5
+                part.weight.data[start:WIDTH:HEAD] *= (after / before) ** 0.5
+                part.bias.data[start:WIDTH:HEAD] *= (after / before) ** 0.5
 
 
 def keep_exact(layer) -> None:
@@ -139,7 +139,7 @@ def train(start: Path, data: Path, out: Path, steps: int) -> None:
     tokenizer = AutoTokenizer.from_pretrained(start)
     model = AutoModelForSequenceClassification.from_pretrained(start, dtype=torch.float32).eval()
     gates = model.config.gates
-    open_layers(model)
+    open_layers(model, CLOSED, AJAR)
     keep_exact(model.roberta.encoder.layer[-1])
     freeze_gates(model, gates, opened=OPENED)
     used = list(model.parameters())
