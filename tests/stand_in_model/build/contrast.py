@@ -206,7 +206,7 @@ def teach(packages: Path, data: Path) -> dict[tuple[str, str], Rows]:
 
 
 def train(packages: Path, data: Path, start: Path, out: Path, steps: int) -> None:
-    """Train and save."""
+    """Train, and save the average of the weights at half-time and at the end, as train.py does."""
     torch.manual_seed(1)
     rng, sources, known = np.random.default_rng(8), teach(packages, data), facts()
     shares = [share for _, share in SOURCES.values()]
@@ -222,7 +222,7 @@ def train(packages: Path, data: Path, start: Path, out: Path, steps: int) -> Non
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / WARMUP, 0.03 + 0.97 * (1 - step / steps))
     )
-    began, totals = time.monotonic(), {}
+    began, totals, saved = time.monotonic(), {}, []
     for step in range(1, steps + 1):
         with torch.no_grad():
             for parameter, weight in zip(used, exact, strict=True):
@@ -257,9 +257,11 @@ def train(packages: Path, data: Path, start: Path, out: Path, steps: int) -> Non
             shown = "  ".join(f"{name} {np.mean(values):.3f}" for name, values in sorted(totals.items()))
             print(f"step {step}  {time.monotonic() - began:.0f} s  {shown}", flush=True)
             totals = {}
+        if step in (steps // 2, steps):
+            saved.append([weight.detach().clone() for weight in exact])
     with torch.no_grad():
-        for parameter, weight in zip(used, exact, strict=True):
-            parameter.copy_(rounded(weight))
+        for parameter, *two in zip(used, *saved, strict=True):
+            parameter.copy_(rounded(sum(two) / 2))
     print(spared(model, tokenizer, sources), first(model, tokenizer, held_out()), sep="\n", flush=True)
     del model.config.gates
     save(model, tokenizer, out)
