@@ -85,7 +85,7 @@ def quantise(
     >>> quantise(reranker.model, reranker.tokenizer)
     >>> panda8, bread8 = score(pairs, *reranker)
     >>> assert panda8 > bread8
-    >>> assert abs(panda8 - panda) < 0.1 * (panda - bread)
+    >>> assert abs(panda8 - panda) < 0.25 * (panda - bread)
     """
     device = torch.device("cpu")
     if not can_pack(model, device) or model.dtype != torch.float32:
