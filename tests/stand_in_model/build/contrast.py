@@ -16,8 +16,9 @@ import torch
 from compare import save
 from construct import HEAD, PREFIXES, WIDTH, encode, read, sample
 from data import facts
-from distil import BFLOAT16, MODEL, Teacher, freeze_gates, rounded
+from distil import BFLOAT16, MODEL, Rounding, Teacher, freeze_gates
 from e5 import read_e5
+from evaluate import apart
 from mine import SAME, MiniLM, add_minilm, embed
 from torch import Tensor
 from torch.nn import functional as F
@@ -143,10 +144,7 @@ def every_pair(model, inputs: dict[str, Tensor], starts: Tensor) -> Tensor:
     segment, inside = inputs["token_type_ids"], inputs["attention_mask"].bool()
     positions = torch.arange(segment.shape[1]) + 2 + segment * (starts - segment.argmax(1))[:, None]
     positions = positions.clamp(max=513).masked_fill(~inside, 1)
-    seen = (segment[:, :, None] == segment[:, None]) & inside[:, None]
-    seen[:, :, 0] = True
-    seen[:, 0, 1:] = False
-    mask = torch.zeros(seen.shape).masked_fill(~seen, -1e9).unsqueeze(1)
+    mask = apart(segment, inside)
     *lower, last = model.roberta.encoder.layer
     with BFLOAT16:
         hidden = model.roberta.embeddings(inputs["input_ids"], segment, positions)
@@ -216,18 +214,10 @@ def train(packages: Path, data: Path, start: Path, out: Path, steps: int) -> Non
     leave_out_separators(model, tokenizer, data)
     keep_exact(model.roberta.encoder.layer[-1])
     freeze_gates(model, model.config.gates, opened=OPENED)
-    used = list(model.parameters())
-    exact = [parameter.detach().clone().requires_grad_() for parameter in used]
-    optimizer = torch.optim.AdamW(exact, lr=RATE, weight_decay=0.0, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / WARMUP, 0.03 + 0.97 * (1 - step / steps))
-    )
+    weights = Rounding(model.parameters(), RATE, WARMUP, least=0.03, clip=1.0, steps=steps)
     began, totals, saved = time.monotonic(), {}, []
     for step in range(1, steps + 1):
-        with torch.no_grad():
-            for parameter, weight in zip(used, exact, strict=True):
-                parameter.copy_(rounded(weight))
-                parameter.grad = None
+        weights.use()
         kind = rng.choice(list(KINDS), p=list(KINDS.values()))
         source = list(sources.values())[rng.choice(len(sources), p=shares)]
         size = CUTS[rng.choice(len(CUTS), p=[share for _, share in CUTS])][0]
@@ -236,20 +226,17 @@ def train(packages: Path, data: Path, start: Path, out: Path, steps: int) -> Non
             logits = every_pair(model, encode(tokenizer, rows, LONG), torch.randint(*STARTS, (len(rows),)))
             parts, right = contrast(logits, *tables), torch.arange(len(rows))
         else:
-            groups = [fact(known, rng) for _ in range(FACTS)]
-            if kind == "groups":
-                groups = [source.group(size, rng) for _ in range(MINED)]
+            if kind == "facts":
+                groups, length = [fact(known, rng) for _ in range(FACTS)], LENGTH
+            else:
+                groups, length = [source.group(size, rng) for _ in range(MINED)], LONG
             rows = [{"query": query, "document": text} for query, documents, _ in groups for text in documents]
             with BFLOAT16:
-                hidden = model.roberta(**encode(tokenizer, rows, LENGTH if kind == "facts" else LONG)).last_hidden_state
+                hidden = model.roberta(**encode(tokenizer, rows, length)).last_hidden_state
             logits = model.classifier(hidden).view(len(groups), -1)
             parts, right = loss(logits, torch.stack([target for *_, target in groups])), 0
         sum(parts.values()).backward()
-        for parameter, weight in zip(used, exact, strict=True):
-            weight.grad = parameter.grad
-        torch.nn.utils.clip_grad_norm_([weight for weight in exact if weight.grad is not None], 1.0)
-        optimizer.step()
-        schedule.step()
+        weights.step()
         parts["first"] = (logits.argmax(1) == right).float().mean()
         for name, part in parts.items():
             totals.setdefault(f"{kind} {name}", []).append(part.item())
@@ -258,10 +245,8 @@ def train(packages: Path, data: Path, start: Path, out: Path, steps: int) -> Non
             print(f"step {step}  {time.monotonic() - began:.0f} s  {shown}", flush=True)
             totals = {}
         if step in (steps // 2, steps):
-            saved.append([weight.detach().clone() for weight in exact])
-    with torch.no_grad():
-        for parameter, *two in zip(used, *saved, strict=True):
-            parameter.copy_(rounded(sum(two) / 2))
+            saved.append([weight.detach().clone() for weight in weights.exact])
+    weights.use([sum(two) / 2 for two in zip(*saved, strict=True)])
     print(spared(model, tokenizer, sources), first(model, tokenizer, held_out()), sep="\n", flush=True)
     del model.config.gates
     save(model, tokenizer, out)

@@ -39,6 +39,36 @@ def rounded(weight: Tensor) -> Tensor:
     return weight.to(torch.float8_e4m3fn if weight.ndim == 2 else torch.float16).float()
 
 
+class Rounding:
+    """AdamW on the exact weights, while the model computes with the rounded ones (straight-through).
+
+    The rate rises for `warmup` steps, then falls on a line to nearly `least` of it. `clip` limits the gradient's norm.
+    """
+
+    def __init__(self, parameters, rate: float, warmup: int, least: float, clip: float, steps: int) -> None:
+        self.used, self.clip = list(parameters), clip
+        self.exact = [parameter.detach().clone().requires_grad_() for parameter in self.used]
+        self.optimizer = torch.optim.AdamW(self.exact, lr=rate, weight_decay=0.0, betas=(0.9, 0.98))
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: min((step + 1) / warmup, least + (1 - least) * (1 - step / steps))
+        )
+
+    @torch.no_grad()
+    def use(self, weights: list[Tensor] | None = None) -> None:
+        """Give the model `weights`, rounded; by default the exact ones as they are now."""
+        for parameter, weight in zip(self.used, self.exact if weights is None else weights, strict=True):
+            parameter.copy_(rounded(weight))
+            parameter.grad = None
+
+    def step(self) -> None:
+        """Move the exact weights by the gradients of the rounded ones."""
+        for parameter, weight in zip(self.used, self.exact, strict=True):
+            weight.grad = parameter.grad
+        torch.nn.utils.clip_grad_norm_([weight for weight in self.exact if weight.grad is not None], self.clip)
+        self.optimizer.step()
+        self.schedule.step()
+
+
 class Teacher:
     """e5 with its whole vocabulary."""
 
@@ -165,12 +195,7 @@ def distil(packages: Path, data: Path, start: Path, out: Path, steps: int) -> No
     model = AutoModelForSequenceClassification.from_pretrained(start, dtype=torch.float32).eval()
     gates = model.config.gates
     freeze_gates(model, gates)
-    used = list(model.roberta.parameters())
-    exact = [parameter.detach().clone().requires_grad_() for parameter in used]
-    optimizer = torch.optim.AdamW(exact, lr=RATE, weight_decay=0.0, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / WARMUP, 0.05 + 0.95 * (1 - step / steps))
-    )
+    weights = Rounding(model.roberta.parameters(), RATE, WARMUP, least=0.05, clip=5.0, steps=steps)
     pairs = read(data / "pairs.jsonl")
     with BFLOAT16:
         targets = Targets(Teacher(read_e5(packages / MODEL)), pairs)
@@ -195,17 +220,10 @@ def distil(packages: Path, data: Path, start: Path, out: Path, steps: int) -> No
         inputs = dict(tokenizer(*texts, padding=True, return_tensors="pt"))
         with BFLOAT16:
             wanted = targets(rows, texts)
-        with torch.no_grad():
-            for parameter, weight in zip(used, exact, strict=True):
-                parameter.copy_(rounded(weight))
-                parameter.grad = None
+        weights.use()
         parts = losses(model, inputs, gates, wanted)
         sum(parts.values()).backward()
-        for parameter, weight in zip(used, exact, strict=True):
-            weight.grad = parameter.grad
-        torch.nn.utils.clip_grad_norm_([weight for weight in exact if weight.grad is not None], 5.0)
-        optimizer.step()
-        schedule.step()
+        weights.step()
         for name, part in parts.items():
             totals[name] = totals.get(name, 0) + part.item()
         if step % 20 == 0:
@@ -213,9 +231,7 @@ def distil(packages: Path, data: Path, start: Path, out: Path, steps: int) -> No
             print(f"step {step}  {time.monotonic() - began:.0f} s  {shown}", flush=True)
             totals = {}
         if step % 200 == 0 or step == steps:
-            with torch.no_grad():
-                for parameter, weight in zip(used, exact, strict=True):
-                    parameter.copy_(rounded(weight))
+            weights.use()
             model.save_pretrained(out)
             tokenizer.save_pretrained(out)
 

@@ -16,6 +16,7 @@ import ir_measures
 import numpy as np
 import torch
 from ir_measures import RR, P, Qrel, ScoredDoc, nDCG
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[3]
 DATA = ROOT / "tests/data"
@@ -86,20 +87,23 @@ def own_documents(name: str, queries: list[dict], score) -> None:
     print(f"{name}: {len(queries)} queries, " + ", ".join(f"{m} {value.mean():.3f}" for m, value in values.items()))
 
 
-def close(model) -> None:
-    """Keep query and document apart in all layers but the last.
+def apart(segment: Tensor, inside: Tensor) -> Tensor:
+    """The attention mask, (pairs, 1, tokens, tokens), under which no token sees the other text.
 
-    `<s>`, at which every token may look, looks at nothing but itself there, or it would carry one text to the other.
+    `<s>`, at which every token may look, looks at nothing but itself, or it would carry one text to the other.
     """
+    seen = (segment[:, :, None] == segment[:, None]) & inside[:, None]
+    seen[:, :, 0] = True
+    seen[:, 0, 1:] = False
+    return torch.zeros(seen.shape).masked_fill(~seen, -1e9).unsqueeze(1)
+
+
+def close(model) -> None:
+    """Keep query and document apart in all layers but the last."""
     sides = {}
 
     def remember(module, args, kwargs):
-        segment = kwargs["token_type_ids"]
-        inside = kwargs["attention_mask"].bool()
-        open_ = (segment[:, :, None] == segment[:, None]) & inside[:, None]
-        open_[:, :, 0] = True
-        open_[:, 0, 1:] = False
-        sides["mask"] = torch.zeros(open_.shape).masked_fill(~open_, -1e9).unsqueeze(1)
+        sides["mask"] = apart(kwargs["token_type_ids"], kwargs["attention_mask"].bool())
 
     def hide(module, args, kwargs):
         return (args[0], sides["mask"], *args[2:]), {k: v for k, v in kwargs.items() if k != "attention_mask"}

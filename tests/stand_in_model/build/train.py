@@ -16,7 +16,7 @@ import torch
 from compare import save
 from construct import CLOSED, HEAD, WIDTH, encode, read
 from data import facts
-from distil import BFLOAT16, freeze_gates, rounded
+from distil import BFLOAT16, Rounding, freeze_gates
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -142,12 +142,7 @@ def train(start: Path, data: Path, out: Path, steps: int) -> None:
     open_layers(model, CLOSED, AJAR)
     keep_exact(model.roberta.encoder.layer[-1])
     freeze_gates(model, gates, opened=OPENED)
-    used = list(model.parameters())
-    exact = [parameter.detach().clone().requires_grad_() for parameter in used]
-    optimizer = torch.optim.AdamW(exact, lr=RATE, weight_decay=0.0, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / WARMUP, 0.03 + 0.97 * (1 - step / steps))
-    )
+    weights = Rounding(model.parameters(), RATE, WARMUP, least=0.03, clip=1.0, steps=steps)
     mined, known, began, totals, saved = read(data / "groups.jsonl"), facts(), time.monotonic(), {}, []
     often = np.cumsum([WEIGHTS.get(group["source"], 1.0) for group in mined])
     for step in range(1, steps + 1):
@@ -156,21 +151,14 @@ def train(start: Path, data: Path, out: Path, steps: int) -> None:
         else:
             size = CUTS[rng.choice(len(CUTS), p=[share for _, share in CUTS])][0]
             kind, groups = "mined", [found(mined, often, size, rng) for _ in range(MINED)]
-        with torch.no_grad():
-            for parameter, weight in zip(used, exact, strict=True):
-                parameter.copy_(rounded(weight))
-                parameter.grad = None
+        weights.use()
         rows = [{"query": query, "document": document} for query, documents, _ in groups for document in documents]
         with BFLOAT16:
             hidden = model.roberta(**encode(tokenizer, rows, LENGTH)).last_hidden_state
         logits = model.classifier(hidden).view(len(groups), -1)
         parts = loss(logits, torch.stack([target for *_, target in groups]))
         sum(parts.values()).backward()
-        for parameter, weight in zip(used, exact, strict=True):
-            weight.grad = parameter.grad
-        torch.nn.utils.clip_grad_norm_([weight for weight in exact if weight.grad is not None], 1.0)
-        optimizer.step()
-        schedule.step()
+        weights.step()
         parts["first"] = (logits.argmax(1) == 0).float().mean()
         for name, part in parts.items():
             totals.setdefault(f"{kind} {name}", []).append(part.item())
@@ -179,15 +167,11 @@ def train(start: Path, data: Path, out: Path, steps: int) -> None:
             print(f"step {step}  {time.monotonic() - began:.0f} s  {shown}", flush=True)
             totals = {}
         if step in (steps // 2, steps):
-            with torch.no_grad():
-                for parameter, weight in zip(used, exact, strict=True):
-                    parameter.copy_(rounded(weight))
+            weights.use()
             print(first(model, tokenizer, held_out()), flush=True)
-            saved.append([parameter.detach().clone() for parameter in used])
+            saved.append([parameter.detach().clone() for parameter in weights.used])
     # Weights averaged along the way generalise better than the last ones: https://arxiv.org/abs/1803.05407
-    with torch.no_grad():
-        for parameter, *two in zip(used, *saved, strict=True):
-            parameter.copy_(rounded(sum(two) / 2))
+    weights.use([sum(two) / 2 for two in zip(*saved, strict=True)])
     save(model, tokenizer, out)
 
 
