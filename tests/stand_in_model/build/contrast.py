@@ -1,10 +1,12 @@
 """Train on with long documents, every query of a batch against every document of it; then save the model.
 
-train.py runs the whole model for each of a query's few documents. Here attention between the texts is closed up to the
-layer that compares them, as with `evaluate.py --closed`, and half of that layer's heads read one text, half the other.
-So a pair's query can be compared with another pair's document without running the model again. The target is part
-label, part what the teachers say: e5, and for English all-MiniLM-L6-v2. Other steps are train.py's, with attention
-open, so that what they taught is not forgotten.
+train.py runs the whole model for each of a query's few documents. Here each query is read together with one document of
+the batch, drawn at random, and then compared with all of them: half of the last layer's heads average one text, half
+the other, so those averages can be paired anew. It also teaches the averages to hold nothing of the text beside them.
+Else they hold some: tokens look at the other text's `</s>`, an attention sink, as they look at their own.
+
+The target is part label, part what the teachers say: e5, and for English all-MiniLM-L6-v2. Other steps are train.py's,
+so that what they taught is not forgotten.
 """
 
 import argparse
@@ -18,7 +20,6 @@ from construct import HEAD, PREFIXES, WIDTH, encode, read, sample
 from data import facts
 from distil import BFLOAT16, MODEL, Rounding, Teacher, freeze_gates
 from e5 import read_e5
-from evaluate import apart
 from mine import SAME, MiniLM, add_minilm, embed
 from torch import Tensor
 from torch.nn import functional as F
@@ -51,7 +52,6 @@ CLUSTERS, SIZE, NEAREST = 3, 8, 30  # a batch: three rows, each with seven of th
 QUERY = 200  # characters of a query at most
 CUTS = ((300, 0.3), (800, 0.4), (2000, 0.3))  # characters of a document at most, share of these steps
 LONG = 480  # tokens of such a pair at most
-STARTS = (6, 32)  # where documents begin, in tokens
 TEMPERATURE, LABEL = 0.02, 0.5
 NARROW = 6.0  # instead of train.py's AJAR: so open, 400 tokens of a document outweigh a query's ten
 SPARED = 15  # every 15th row is not trained on
@@ -135,29 +135,27 @@ class Rows:
         return texts[0]["query"], [text["document"] for text in texts], target
 
 
-def every_pair(model, inputs: dict[str, Tensor], starts: Tensor) -> Tensor:
-    """Logits of each query (row) with each document (column) of a batch of pairs.
+def every_pair(model, tokenizer, rows: list[dict], partners: Tensor) -> Tensor:
+    """Logits of each query (row) with each document (column), where `rows[i]` has query i and document i.
 
-    `starts` says at which position each document begins. Behind its own query, a document's position would give away
-    how long that query is, and so which one is right.
+    Query i is read together with document `partners[i]`, a permutation, but compared with all.
     """
-    segment, inside = inputs["token_type_ids"], inputs["attention_mask"].bool()
-    positions = torch.arange(segment.shape[1]) + 2 + segment * (starts - segment.argmax(1))[:, None]
-    positions = positions.clamp(max=513).masked_fill(~inside, 1)
-    mask = apart(segment, inside)
+    pairs = [{"query": row["query"], "document": rows[j]["document"]} for row, j in zip(rows, partners, strict=True)]
+    inputs = encode(tokenizer, pairs, LONG)
+    text = torch.zeros(inputs["input_ids"].shape).masked_fill(inputs["attention_mask"] == 0, -1e9)[:, None, None]
     *lower, last = model.roberta.encoder.layer
     with BFLOAT16:
-        hidden = model.roberta.embeddings(inputs["input_ids"], segment, positions)
+        hidden = model.roberta.embeddings(inputs["input_ids"], inputs["token_type_ids"])
         for layer in lower:
-            hidden = layer(hidden, mask.to(hidden.dtype))
+            hidden = layer(hidden, text.to(hidden.dtype))
     hidden, own, count = hidden.float(), last.attention.self, len(hidden)
 
     def heads(x: Tensor) -> Tensor:
         return x.view(count, -1, own.num_attention_heads, own.attention_head_size).transpose(1, 2)
 
     query, key, value = heads(own.query(hidden[:, :1])), heads(own.key(hidden)), heads(own.value(hidden))
-    text = torch.zeros(count, 1, 1, hidden.shape[1]).masked_fill(~inside[:, None, None], -1e9)
     document, asked = F.scaled_dot_product_attention(query, key, value, text).reshape(count, 2, -1).unbind(1)
+    document = document[partners.argsort()]
     both = torch.cat([document.expand(count, -1, -1), asked[:, None].expand(-1, count, -1)], -1)
     middle = last.attention.output(both, hidden[:, :1].expand(-1, count, -1))
     return model.classifier(last.feed_forward_chunk(middle).flatten(0, 1)[:, None]).view(count, count)
@@ -180,7 +178,7 @@ def spared(model, tokenizer, sources: dict[tuple[str, str], Rows]) -> str:
     shown = []
     for name, source in sources.items():
         rows = [source.texts(i, 800) for i in range(0, len(source.rows), SPARED)][:100]
-        logits = every_pair(model, encode(tokenizer, rows, LONG), torch.full((len(rows),), 16))
+        logits = every_pair(model, tokenizer, rows, torch.arange(len(rows)).roll(1))
         right = logits.diagonal()
         first = (logits.argmax(1) == torch.arange(len(logits))).float().mean()
         others = (logits > 0).float().sum() - (right > 0).sum()
@@ -223,7 +221,7 @@ def train(packages: Path, data: Path, start: Path, out: Path, steps: int) -> Non
         size = CUTS[rng.choice(len(CUTS), p=[share for _, share in CUTS])][0]
         if kind == "contrast":
             rows, *tables = source.batch(size, rng)
-            logits = every_pair(model, encode(tokenizer, rows, LONG), torch.randint(*STARTS, (len(rows),)))
+            logits = every_pair(model, tokenizer, rows, torch.randperm(len(rows)))
             parts, right = contrast(logits, *tables), torch.arange(len(rows))
         else:
             if kind == "facts":
