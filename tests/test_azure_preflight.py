@@ -2,7 +2,7 @@
 
 import pytest
 from azure.ai.ml import MLClient
-from azure.core.exceptions import HttpResponseError
+from azure.core.exceptions import ClientAuthenticationError, HttpResponseError
 from azure.identity import DefaultAzureCredential
 from fake_azure import FakeAzure
 from scoring_script import load_script
@@ -70,5 +70,7 @@ def test_not_signed_in(monkeypatch):
         credential = DefaultAzureCredential()
         client = MLClient(credential, "s", "group", "workspace", enable_telemetry=False, retry_total=0)
         (check,) = preflight.preflight(client, credential, CPU)
+        with pytest.raises(ClientAuthenticationError, match="AADSTS7000215"):
+            credential.get_token(f"{preflight.ARM}/.default")
     assert not check.ok
     assert "az login" in check.remedy
