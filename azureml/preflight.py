@@ -46,17 +46,16 @@ class Check(NamedTuple):
         return mark + self.what + ("" if self.ok else f"\n        {self.remedy}")
 
 
-def preflight(client: MLClient, credential: TokenCredential, machine: str, batch_machines: int = 2) -> list[Check]:
+def preflight(client: MLClient, credential: TokenCredential, machine: str) -> list[Check]:
     """Check sign-in, workspace, resource providers, role and quota.
 
     Args:
         client: for the workspace.
         credential: of the person who will run the notebook.
         machine: the type of machine for the online deployments and the batch cluster, one of `MACHINES`.
-        batch_machines: how many machines the batch job uses.
 
     Returns:
-        The checks, in the order of the chapters. The list ends early if sign-in or the workspace is missing.
+        The checks, in that order. The list ends early if sign-in or the workspace is missing.
     """
     try:
         token = credential.get_token(f"{ARM}/.default").token
@@ -86,7 +85,7 @@ def preflight(client: MLClient, credential: TokenCredential, machine: str, batch
 
     checks += _providers(client, get)
     checks += _role(workspace.id, get)
-    return checks + _quota(workspace.location, client, machine, batch_machines, get)
+    return checks + _quota(workspace.location, client, machine, get)
 
 
 def _providers(client: MLClient, get) -> list[Check]:
@@ -126,7 +125,7 @@ def _allows(permission: dict, action: str) -> bool:
     return has(permission.get("actions", [])) and not has(permission.get("notActions", []))
 
 
-def _quota(location: str, client: MLClient, machine: str, batch_machines: int, get) -> list[Check]:
+def _quota(location: str, client: MLClient, machine: str, get) -> list[Check]:
     family, cores = MACHINES[machine]
     # Not client.compute.list_usage(): in azure-ai-ml 1.35.2 its current_value is always None.
     found = get(f"/subscriptions/{client.subscription_id}/providers/{ML}/locations/{location}/usages", "2024-04-01")
@@ -146,7 +145,7 @@ def _quota(location: str, client: MLClient, machine: str, batch_machines: int, g
     for needed, what in [
         (one, "one deployment, chapters 9 to 15"),
         (2 * one, "a second one beside it, chapter 12"),
-        (one + batch_machines * cores, "a batch job beside the first, chapter 16"),
+        (one + 2 * cores, "a batch job beside the first, chapter 16"),  # on two machines, see batch-deployment.yml
     ]:
         remedy = (
             f"Free are {left} cores. Ask for {needed} of {family} and of all dedicated cores: Azure ML Studio, Quota."

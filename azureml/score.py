@@ -49,7 +49,7 @@ def init() -> None:
 
 
 def answer(
-    body: bytes, reranker: Reranker, model_name: str, limits: Limits, request_id: str = "none"
+    body: bytes, reranker: Reranker, model_name: str, limits: Limits, request_id: str
 ) -> tuple[int, dict[str, Any]]:
     """Serve one request.
 

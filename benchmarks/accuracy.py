@@ -32,7 +32,7 @@ def handwritten() -> list[tuple[str, list[str], set[str]]]:
 
 
 def python_faq() -> list[tuple[str, list[str], set[str]]]:
-    """Every third question with BM25's top 50, as in chapter 12 of the Local notebook."""
+    """Every third question with BM25's top 50."""
     texts = {row["id"]: row["text"] for row in read("python_faq/documents.jsonl")}
     queries = read("python_faq/queries.jsonl")[::3]
     index = bm25s.BM25(corpus=list(texts.values()))

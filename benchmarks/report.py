@@ -29,7 +29,6 @@ def render(result: dict, name: str) -> str:
     found, workload = result["machine"], result["workload"]
     tokens = workload["tokens_of_pairs"]
     ran = [variant for variant in result["variants"].values() if "error" not in variant]
-    threads = result.get("threads") or (ran[0]["threads"] if ran else "one for each core")
     versions = {}
     for package, version in [item for variant in ran for item in variant["versions"].items()]:
         versions[package] = list(dict.fromkeys([*versions.get(package, []), version]))
@@ -45,7 +44,7 @@ def render(result: dict, name: str) -> str:
         f"- model: {result['model']}; {result['dtype']} unless the name says otherwise",
         f"- workload: {workload['documents']} documents, {workload['text']}; pairs of {tokens['shortest']} to "
         f"{tokens['longest']} tokens, {tokens['mean']} on average, {tokens['sum']} in all",
-        f"- threads: {threads}",
+        f"- threads: {result['threads']}",
         f"- time: {CLOCKS[result['clock']]}",
     ]
     if ran:
@@ -79,7 +78,7 @@ def _legend(result: dict) -> list[str]:
         f"included. Share of peak: {result['gflop_needed']:.0f} GFLOP that the scores need (real tokens only, of the "
         "last layer the first token only), in the time taken, against the fastest matrix product measured in the same "
         f"run, {result['matmul_peak_gflops']:.0f} GFLOP/s in {result['dtype']}. Differences and Kendall's tau are "
-        f"against {result.get('reference', 'plain')}.",
+        f"against {result['reference']}.",
         *(f"- {name} could not be run: {reason}" for name, reason in failed.items()),
     ]
 

@@ -11,9 +11,10 @@ from huggingface_hub import snapshot_download
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import XLMRobertaConfig, XLMRobertaForSequenceClassification
 
+from reranker_helpers import MODEL_NAME
+
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path(__file__).parent / ".cache"
-MODEL_NAME = "BAAI/bge-reranker-v2-m3"
 QUERY = "How do I share global variables across modules, and why does a local variable hide them?"
 VOCABULARY = 250_002
 

@@ -8,8 +8,11 @@ from threading import Thread
 
 from huggingface_hub import constants, try_to_load_from_cache
 
+SECONDS = 5.0
+"""How long to wait for the hub's answer."""
 
-def hub_status(model_name: str, revision: str | None = None, *, seconds: float = 5.0) -> int | None:
+
+def hub_status(model_name: str, revision: str | None = None) -> int | None:
     """Return the HTTP status of a request for a model's config.json, or None if the hub does not answer in time.
 
     The hub is the one that HF_ENDPOINT names. With HF_HUB_OFFLINE=1 it is not asked, and the result is None.
@@ -17,7 +20,6 @@ def hub_status(model_name: str, revision: str | None = None, *, seconds: float =
     Args:
         model_name: a name on the hub, such as "BAAI/bge-reranker-v2-m3".
         revision: branch, tag or commit. Default: main.
-        seconds: how long to wait.
     """
     if constants.HF_HUB_OFFLINE:
         return None
@@ -29,7 +31,7 @@ def hub_status(model_name: str, revision: str | None = None, *, seconds: float =
 
     def ask() -> None:
         try:
-            answers.append(urlopen(Request(url, method="HEAD"), timeout=seconds).status)
+            answers.append(urlopen(Request(url, method="HEAD"), timeout=SECONDS).status)
         except HTTPError as error:
             answers.append(error.code)
         except (OSError, ValueError):  # refused, timed out, no such host, no address
@@ -38,7 +40,7 @@ def hub_status(model_name: str, revision: str | None = None, *, seconds: float =
     # In a thread, because the timeout does not cover the lookup of the host's name, which can take a minute.
     thread = Thread(target=ask, daemon=True)
     thread.start()
-    thread.join(seconds)
+    thread.join(SECONDS)
     return answers[0] if answers else None
 
 

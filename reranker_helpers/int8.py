@@ -133,8 +133,7 @@ def _measured_levels(outputs: int, inputs: int) -> int | None:
     scale, zeros, bias = torch.ones(outputs), torch.zeros(outputs, dtype=torch.int32), torch.zeros(outputs)
     try:
         ready = torch.ops.onednn.qlinear_prepack(weight, None)
-        exact = (_is_exact(rows // (256 // (levels + 1)), ready, weight) for levels in (255, 127))
-        levels = next((levels for levels, fits in zip((255, 127), exact, strict=True) if fits), None)
+        levels = next((n for n in (255, 127) if _is_exact(rows // (256 // (n + 1)), ready, weight)), None)
     except (AttributeError, RuntimeError):  # a build of torch without oneDNN, or a processor it does not know
         return None
     if levels is None:

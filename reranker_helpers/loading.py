@@ -57,7 +57,7 @@ def load_reranker(
             damaged; weights are missing, or belong to layers that the model does not have; or the tokenizer is not the
             model's. The message says which.
         TypeError: the tokenizer is not a fast one.
-        ValueError: the model does not have exactly one label, or cannot run in this `dtype` on this device.
+        ValueError: the model does not have exactly one label, or `dtype` is unknown, or is int8 where that cannot run.
         RuntimeError: the device does not exist.
     """
     model_name = os.fspath(model_name)
@@ -97,9 +97,7 @@ def load_reranker(
             if weight.is_floating_point() and weight.element_size() == 1:
                 weight.data = weight.to(dtype)  # Transformers 4 leaves weights that are stored in float8 as they are
     if int8:
-        quantise(
-            model.eval(), tokenizer, model_name if os.path.isdir(model_name) else cached_folder(model_name, revision)
-        )
+        quantise(model.eval(), tokenizer, _folder(model_name, revision))
     logger.info("%s on %s (%s) in %s (%s)", model_name, device, device_reason, "int8" if int8 else dtype, dtype_reason)
     return Reranker(model.eval().to(device), tokenizer, device)
 
@@ -131,12 +129,17 @@ def _choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> tupl
     return chosen, "asked for"
 
 
+def _folder(model_name: str, revision: str | None) -> str | None:
+    """Return where the model's files are: the folder of that name, or one in the hub's cache, or None."""
+    return model_name if os.path.isdir(model_name) else cached_folder(model_name, revision)
+
+
 def _how_to_get(model_name: str, revision: str | None, error: Exception) -> str:
     lines = str(error).strip().splitlines()
     reason = (
         lines[0] if isinstance(error, OSError | ValueError) and lines else ": ".join([type(error).__name__, *lines[:1]])
     )
-    folder = model_name if os.path.isdir(model_name) else cached_folder(model_name, revision)
+    folder = _folder(model_name, revision)
     faults = unreadable_files(folder) if folder else []
     if faults and folder != model_name:
         return (

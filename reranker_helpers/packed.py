@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, XLMRobertaForSequenceClassification
 
 SLICE = 512
-"""Tokens that the feed-forward part takes at a time, because its inner vectors are four times as wide as the others."""
+"""Tokens that the feed-forward part takes at a time. Its inner vectors are four times as wide as the others, so 8192
+tokens at once would take 270 MB; a small buffer stays in the processor's cache."""
 
 _PLAIN_MODULES = (
     "torch.nn.modules.",
@@ -151,7 +152,6 @@ def _look(attention, readers: Tensor, tokens: Tensor, reader_lengths: list[int],
 
 def _feed_forward(layer, hidden: Tensor) -> Tensor:
     """Compute a layer's feed-forward block: (rows, hidden) in, (rows, hidden) out."""
-    # In slices: 8192 tokens at once would take 270 MB here, and a small buffer stays in the processor's cache.
     result = torch.empty_like(hidden)
     for rows, into in zip(hidden.split(SLICE), result.split(SLICE), strict=True):
         inner = layer.intermediate.intermediate_act_fn(_linear(rows, layer.intermediate.dense))

@@ -92,8 +92,8 @@ def quantise(
         raise ValueError(f"int8 takes an unchanged XLM-RoBERTa in float32 on the CPU, not this {type(model).__name__}")
     check_model(model, tokenizer, device)
     windows = tokenise(TEXTS, tokenizer, 40, None)
-    *layers, last = model.roberta.encoder.layer
-    for layer in [*layers, last]:
+    last = model.roberta.encoder.layer[-1]
+    for layer in model.roberta.encoder.layer:
         own, output = layer.attention.self, layer.attention.output
         # The last layer computes queries for first tokens only, so they do not share rows with keys and values.
         first = [("query",), ("key", "value")] if layer is last else [("query", "key", "value")]

@@ -187,8 +187,8 @@ def _run(
     inputs, logits = [], []
     with torch.inference_mode():
         for chunk in chunks:
-            # Longest first, so that batches pad little and memory peaks early. Equal lengths are sorted by tokens, so
-            # that batches, and with them rounding errors, do not depend on the order of the input.
+            # Longest first, so that batches pad little and memory peaks early. Equal lengths are sorted by tokens, for
+            # the reason that `score_pairs` gives.
             queue = sorted(chunk, key=lambda window: (-len(window.token_ids), window.token_ids))
             waiting = Counter(window.pair for window in queue)
             begin = 0

@@ -234,7 +234,7 @@ def test_an_endpoint_without_a_default_deployment(client, tmp_path):
     client.batch_endpoints.begin_delete("empty").result()
 
 
-def test_deleting(client):
+def test_what_is_deleted_is_no_longer_listed(client):
     client.compute.begin_create_or_update(
         load_compute(AZUREML / "batch-compute.yml", params_override=[{"name": "bge-other"}])
     ).result()

@@ -2,7 +2,6 @@
 
 import json
 import random
-import shutil
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,8 +16,8 @@ from azure.ai.ml import (
     load_online_deployment,
     load_online_endpoint,
 )
-from azure.core.exceptions import ClientAuthenticationError, HttpResponseError, ResourceNotFoundError
-from azure.identity import ClientSecretCredential, DefaultAzureCredential
+from azure.core.exceptions import HttpResponseError, ResourceNotFoundError
+from azure.identity import DefaultAzureCredential
 from fake_azure import FakeAzure
 
 from reranker_helpers import load_reranker, rerank
@@ -117,20 +116,10 @@ def test_a_caller_without_the_right_token(ask, endpoint):
     assert ask({}, Authorization="").status_code == 401
 
 
-def test_only_the_script_and_the_package_are_uploaded(azure, endpoint):
-    uploaded = {
-        url.split("?")[0].split("/", 5)[-1] for method, url, _ in azure.requests if "/code-" in url and method == "PUT"
-    }
-    assert "azureml/score.py" in uploaded
-    assert "reranker_helpers/ranking.py" in uploaded
-    assert {name.split("/")[0] for name in uploaded} == {"azureml", "azureml_batch", "reranker_helpers"}
-    assert not [name for name in uploaded if "__pycache__" in name or name.endswith(".yml")]
-
-
 def test_the_second_upload_of_the_same_weights_sends_nothing(azure, client, endpoint, tiny_folder):
     before = len(azure.requests)
     client.models.create_or_update(load_model(AZUREML / "model.yml", params_override=[{"path": str(tiny_folder)}]))
-    assert not [url for method, url, _ in azure.requests[before:] if method == "PUT" and "blob" in url]
+    assert not [url for method, url in azure.requests[before:] if method == "PUT" and "blob" in url]
 
 
 def test_large_files_arrive_in_blocks_and_whole(azure, client, tmp_path):
@@ -140,7 +129,7 @@ def test_large_files_arrive_in_blocks_and_whole(azure, client, tmp_path):
     client.models.create_or_update(
         load_model(AZUREML / "model.yml", params_override=[{"name": "large"}, {"path": str(tmp_path)}])
     )
-    assert [url for method, url, _ in azure.requests if "comp=blocklist" in url]
+    assert [url for _, url in azure.requests if "comp=blocklist" in url]
     (stored,) = azure._root.glob("blobs/**/weights.bin")
     assert stored.read_bytes() == content
 
@@ -187,23 +176,6 @@ def test_traffic_is_split_and_a_second_deployment_is_another_process(azure, clie
     ] == []
 
 
-def test_mirrored_traffic_is_answered_by_blue_alone(azure, client, endpoint, ask, next_deployment):
-    client.online_deployments.begin_create_or_update(next_deployment("green")).result()
-    changed = client.online_endpoints.get(endpoint.name)
-    changed.mirror_traffic = {"green": 60}
-    with pytest.raises(HttpResponseError, match="at most 50"):
-        client.online_endpoints.begin_create_or_update(changed)
-    changed.mirror_traffic = {"green": 50}
-    client.online_endpoints.begin_create_or_update(changed).result()
-    answers = [ask({"query": QUERY, "documents": []}).headers["azureml-model-deployment"] for _ in range(20)]
-    assert set(answers) == {"blue"}
-    log = client.online_deployments.get_logs("green", endpoint.name, 200)
-    assert log.count("POST /score 200") == pytest.approx(10, abs=1)
-    changed.mirror_traffic = {}
-    client.online_endpoints.begin_create_or_update(changed).result()
-    client.online_deployments.begin_delete("green", endpoint.name).result()
-
-
 def test_more_than_two_requests_at_once_are_too_many(ask):
     """max_concurrent_requests_per_instance is 1, and Azure lets as many wait as are served."""
     request = {"query": QUERY, "documents": [f"the panda {i}" for i in range(300)]}
@@ -213,30 +185,18 @@ def test_more_than_two_requests_at_once_are_too_many(ask):
     assert statuses[429] == 6 - statuses[200] > 0
 
 
-def test_a_model_that_cannot_be_downloaded(azure, client, endpoint, next_deployment, tmp_path):
-    """No container of the script ever starts. Why is in the log of the one that fetches the model."""
-    (tmp_path / "config.json").write_text("{}")
-    overrides = [{"name": "lost"}, {"path": str(tmp_path)}]
-    client.models.create_or_update(load_model(AZUREML / "model.yml", params_override=overrides))
-    (stored,) = azure._root.glob(f"blobs/**/{tmp_path.name}")
-    shutil.rmtree(stored)
-    lost = next_deployment("lost")
-    lost.model = "azureml:lost:1"
-    with pytest.raises(HttpResponseError, match="Unable to download user model"):
-        client.online_deployments.begin_create_or_update(lost).result()
-    log = client.online_deployments.get_logs("lost", endpoint.name, 50, container_type="storage-initializer")
-    assert "downloading the model failed" in log
-    client.online_deployments.begin_delete("lost", endpoint.name).result()
-
-
 def test_traffic_to_a_deployment_that_does_not_exist(client, endpoint):
     changed = client.online_endpoints.get(endpoint.name)
     changed.traffic = {"purple": 100}
     with pytest.raises(HttpResponseError, match="purple"):
         client.online_endpoints.begin_create_or_update(changed).result()
+    changed = client.online_endpoints.get(endpoint.name)
+    changed.mirror_traffic = {"purple": 60}
+    with pytest.raises(HttpResponseError, match="at most 50"):
+        client.online_endpoints.begin_create_or_update(changed).result()
 
 
-def test_keys(client):
+def test_an_endpoint_with_keys_takes_its_key_only(client):
     keyed = load_online_endpoint(
         AZUREML / "online-endpoint.yml", params_override=[{"name": "keyed"}, {"auth_mode": "key"}]
     )
@@ -263,11 +223,15 @@ def test_a_deployment_without_its_endpoint_or_model(client, endpoint, next_deplo
         client.online_deployments.begin_create_or_update(orphan)
 
 
-def test_a_wrong_secret_does_not_sign_in(azure, client):
-    credential = ClientSecretCredential("tenant", "client", "wrong")
-    stranger = MLClient(credential, SUBSCRIPTION, "group", "workspace", enable_telemetry=False, retry_total=0)
-    with pytest.raises(ClientAuthenticationError, match="AADSTS7000215"):
-        stranger.workspaces.get("workspace")
+def test_deleting_the_endpoint_ends_its_servers(azure, client, endpoint):
+    """After all other tests of this endpoint, and before another FakeAzure takes over what the SDK sends."""
+    servers = list(azure._servers.values())
+    assert servers
+    client.online_endpoints.begin_delete(endpoint.name).result()
+    assert all(server.process.poll() is not None for server in servers)
+    with pytest.raises(ResourceNotFoundError):
+        client.online_endpoints.get(endpoint.name)
+    assert list(client.online_endpoints.list()) == []
 
 
 def test_other_hosts_are_refused():
@@ -275,21 +239,3 @@ def test_other_hosts_are_refused():
         with pytest.raises(requests.ConnectionError, match=r"example\.com is refused"):
             requests.get("https://example.com/", timeout=5)
         assert azure.blocked == ["example.com"]
-
-
-def test_deleting_the_endpoint_ends_its_servers(tiny_folder):
-    with FakeAzure() as azure:
-        client = MLClient(
-            DefaultAzureCredential(), SUBSCRIPTION, "g", "w", enable_telemetry=False, show_progress=False, retry_total=1
-        )
-        client.environments.create_or_update(load_environment(AZUREML / "environment-cpu.yml"))
-        client.models.create_or_update(load_model(AZUREML / "model.yml", params_override=[{"path": str(tiny_folder)}]))
-        endpoint = load_online_endpoint(AZUREML / "online-endpoint.yml")
-        client.online_endpoints.begin_create_or_update(endpoint).result()
-        client.online_deployments.begin_create_or_update(deployment()).result()
-        (server,) = azure._servers.values()
-        client.online_endpoints.begin_delete(endpoint.name).result()
-        assert server.process.poll() is not None
-        with pytest.raises(ResourceNotFoundError):
-            client.online_endpoints.get(endpoint.name)
-        assert list(client.online_endpoints.list()) == []

@@ -28,7 +28,7 @@ def pins(lines: list[str]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", ENVIRONMENTS)
-def test_environment(name):
+def test_versions_are_pinned_and_tested(name):
     environment = load_environment(AZUREML / name)
     body = environment._to_rest_object().as_dict()["properties"]
     assert re.fullmatch(r"mcr\.microsoft\.com/azureml/.+ubuntu22\.04:\d{8}\.v\d+", body["image"]), "pinned"
@@ -45,13 +45,13 @@ def test_environment(name):
     assert all("==" in line or line.startswith("--extra-index-url") for line in pip)
 
 
-def test_model():
+def test_the_model_has_a_type_and_a_name_azure_takes():
     body = load_model(AZUREML / "model.yml")._to_rest_object().as_dict()["properties"]
     assert body["modelType"] == "custom_model"
     assert re.fullmatch(r"[a-zA-Z0-9][\w.-]*", load_model(AZUREML / "model.yml").name), "Azure forbids a slash"
 
 
-def test_endpoint():
+def test_clients_sign_in_with_entra_id_and_the_endpoint_has_a_name_azure_takes():
     endpoint = load_online_endpoint(AZUREML / "online-endpoint.yml")
     assert endpoint._to_rest_online_endpoint("westeurope").as_dict()["properties"]["authMode"] == "AADToken"
     assert re.fullmatch(r"[a-z][a-z0-9-]{2,24}", endpoint.name), "at most 32 characters, and the notebook adds seven"

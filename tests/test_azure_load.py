@@ -108,7 +108,7 @@ def server(model, tmp_path_factory):
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from Linux's /proc")
-def test_load(server, model):
+def test_under_load_no_answer_is_lost_or_wrong_and_memory_is_steady(server, model):
     jobs = make_jobs(REQUESTS, seed=0)
     reranker = load_reranker(model, device="cpu")
     send(server.url, make_jobs(50, seed=1))  # until the allocator has its working size
@@ -163,7 +163,7 @@ def test_a_request_that_takes_too_long_ends_and_the_worker_goes_on(model, tmp_pa
         assert requests.post(server.url, json=GOOD, timeout=60).status_code == 200
 
 
-def test_other_methods(server):
+def test_methods_other_than_post_are_405(server):
     for method in ("GET", "OPTIONS"):
         assert requests.request(method, server.url, params={"query": "a"}, timeout=10).status_code == 405
 

@@ -145,7 +145,7 @@ def test_a_crash_in_init_shows_the_containers_log(run, account, monkeypatch, tmp
             run("deploy-blue")
 
 
-def test_a_model_that_cannot_be_downloaded_shows_the_log_of_the_container_that_tried(run, account, monkeypatch):
+def test_a_model_that_cannot_be_downloaded_shows_the_log_of_the_container_that_tried(run, account):
     with FakeAzure() as azure:
         run(*SIGN_IN, "look", *DEPLOY)
         (stored,) = azure._root.glob("blobs/**/stand_in_model")
@@ -154,7 +154,7 @@ def test_a_model_that_cannot_be_downloaded_shows_the_log_of_the_container_that_t
             run("deploy-blue")
 
 
-def test_waiting_has_a_limit_and_says_where_to_look(run, account, capsys):
+def test_waiting_has_a_limit_and_says_where_to_look(run, account):
     """An image that is built for ever, a machine that never comes, a job that stays queued."""
     never = SimpleNamespace(done=lambda: False, wait=lambda seconds: None)
     with FakeAzure():
@@ -200,13 +200,6 @@ def test_two_variables_of_three(run, account, monkeypatch):
     monkeypatch.delenv("AZURE_RESOURCE_GROUP")
     with pytest.raises(RuntimeError, match="set AZURE_RESOURCE_GROUP too, or none of the three for a rehearsal"):
         run("setup", "config")
-
-
-def test_not_signed_in(run, account, monkeypatch, capsys):
-    with FakeAzure():
-        monkeypatch.setenv("AZURE_CLIENT_SECRET", "expired")
-        run("setup", "config", "names", "sign-in", "preflight")
-    assert "run `az login`" in capsys.readouterr().out.lower()
 
 
 def test_nothing_secret_is_stored():

@@ -2,7 +2,7 @@
 
 import pytest
 from azure.ai.ml import MLClient
-from azure.core.exceptions import HttpResponseError
+from azure.core.exceptions import ClientAuthenticationError, HttpResponseError
 from azure.identity import DefaultAzureCredential
 from fake_azure import FakeAzure
 from scoring_script import load_script
@@ -52,10 +52,11 @@ def test_a_data_scientist_may_not_make_a_cluster():
 def test_what_the_roles_may_is_what_the_local_azure_lets_them_do():
     for role, count in (("Reader", 6), ("Contributor", 0)):
         assert missing(look(role=role)).count("your role") == count
-    with FakeAzure(role="Reader"):
-        client = MLClient(DefaultAzureCredential(), "s", "group", "w", enable_telemetry=False, retry_total=0)
-        with pytest.raises(HttpResponseError, match=r"AuthorizationFailed.*perform action '[^']*computes/delete'"):
-            client.compute.begin_delete("anything")
+    for role in ("Reader", "AzureML Data Scientist"):
+        with FakeAzure(role=role):
+            client = MLClient(DefaultAzureCredential(), "s", "group", "w", enable_telemetry=False, retry_total=0)
+            with pytest.raises(HttpResponseError, match=r"AuthorizationFailed.*perform action '[^']*computes/delete'"):
+                client.compute.begin_delete("anything")
 
 
 def test_providers_that_are_not_registered():
@@ -70,5 +71,7 @@ def test_not_signed_in(monkeypatch):
         credential = DefaultAzureCredential()
         client = MLClient(credential, "s", "group", "workspace", enable_telemetry=False, retry_total=0)
         (check,) = preflight.preflight(client, credential, CPU)
+        with pytest.raises(ClientAuthenticationError, match="AADSTS7000215"):
+            credential.get_token(f"{preflight.ARM}/.default")
     assert not check.ok
     assert "az login" in check.remedy

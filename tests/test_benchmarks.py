@@ -12,7 +12,7 @@ from transformers import XLMRobertaConfig
 
 from benchmarks import ablation, accuracy, compare, report
 from benchmarks.compare import gflop, kendall_tau
-from benchmarks.variants import VARIANTS, top_n_in_float32
+from benchmarks.variants import top_n_in_float32
 from benchmarks.workload import stretches, texts
 from reranker_helpers import scoring
 
@@ -55,10 +55,6 @@ def test_the_workload_is_real_text_of_the_lengths_asked_for():
     ]
     assert texts(tokenizer, 20) == texts(tokenizer, 20)
     assert len(set(texts(tokenizer, 20))) == 20
-
-
-def test_every_variant_says_what_it_is():
-    assert all(load.__doc__ for load, _, _ in VARIANTS.values())
 
 
 def options_for(monkeypatch, tiny_folder, tmp_path, *arguments: str):

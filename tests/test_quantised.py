@@ -67,7 +67,7 @@ def test_a_score_depends_neither_on_the_batch_nor_on_the_order(tiny_folder):
         assert again == pytest.approx(list(together.values()), abs=1e-4)
 
 
-def test_threads(tiny_folder):
+def test_threads_get_the_scores_of_one(tiny_folder):
     reranker = load_reranker(tiny_folder, device="cpu", dtype="int8")
     expected = score(PAIRS, *reranker)
     with ThreadPoolExecutor(8) as pool:
@@ -106,11 +106,10 @@ def test_inputs_far_from_zero_and_inputs_much_larger_than_others_cost_little():
     assert error_of(ours, source, rows) < 0.02
 
 
-def test_a_layer_that_errs_too_much_stays_as_it_is(tiny_folder, tmp_path, caplog):
+def test_a_layer_that_errs_too_much_stays_as_it_is(tmp_path, caplog):
     """Its outputs differ by what two large inputs, each different for each token, leave of one another."""
     tokenizer = make_tokenizer()
     model = make_model(len(tokenizer))
-    query = model.roberta.encoder.layer[0].attention.self.query
     with torch.no_grad():
         values = model.roberta.encoder.layer[0].attention.self.value
         values.weight[:] = 1000 * torch.ones(32) + 1e-3 * torch.randn(32, 32)  # layer norm's outputs sum to a constant
@@ -123,7 +122,6 @@ def test_a_layer_that_errs_too_much_stays_as_it_is(tiny_folder, tmp_path, caplog
     assert torch.equal(kept.weight, values.weight)
     assert "in float32 stay layer.0.attention.self.value;" in caplog.text
     assert isinstance(reranker.model.roberta.encoder.layer[0].attention.self.query, int8.QuantisedLinear)
-    assert query.weight.shape == (32, 32)
 
 
 def test_products_that_overflow_are_never_used(monkeypatch):
@@ -241,7 +239,7 @@ print(of("RssAnon") - before)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads memory from /proc")
-def test_memory(request, tmp_path):
+def test_an_int8_model_takes_little_memory(request, tmp_path):
     """Four layers of full width and 50,000 positions: 410 MB in float32, 50 MB in int8 and with the table in its file.
     The rest of the limit is for what a first call of torch takes, and for gaps that loading leaves in the heap."""
     tokenizer = make_tokenizer()

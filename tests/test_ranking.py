@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import FrozenInstanceError, dataclass
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -139,10 +140,11 @@ ACCENTS = "cafe\u0301 pan\u0303da n\u0303u "
 EMOJI = "bread 👩🏽‍🍳 moon 🐼 ﬁsh "
 
 
-@pytest.mark.parametrize("filler", ["river moon star ", ACCENTS, EMOJI, ACCENTS + EMOJI + "熊猫 吃竹子 "])
+@pytest.mark.parametrize("filler", ["river moon star ", ACCENTS + EMOJI + "熊猫 吃竹子 "])
 @pytest.mark.parametrize("stride", [0, 5, 20])
 def test_windows_cover_every_token_and_spans_are_exact(tiny, filler, stride):
-    """Spans count characters of the text as it was passed in, also where the tokenizer normalises it."""
+    """Spans count characters of the text as it was passed in, also where the tokenizer normalises it. tokenizers 0.23.1
+    and 0.23.2 lose most of the windows that they cut themselves (huggingface/tokenizers#2091)."""
     before, after = filler * 30, filler * 30
     text = before + "panda guitar" + after
     model = counting(tiny, "guitar").tried(tiny.tokenizer)
@@ -160,13 +162,6 @@ def test_windows_cover_every_token_and_spans_are_exact(tiny, filler, stride):
     starts = range(0, max(1, len(tokens) - stride), step)
     assert sorted(windows) == sorted(tokens[start : start + room] for start in starts)
     assert starts[-1] + room >= len(tokens)
-
-
-def test_the_end_of_a_long_document_is_read(tiny):
-    """tokenizers 0.23.1 and 0.23.2 lose most of the windows that they cut themselves (huggingface/tokenizers#2091)."""
-    text = "bread oven river moon " * 60 + "panda"
-    (result,) = rerank("law", [text], counting(tiny, "panda"), tiny.tokenizer, "cpu", max_length=30, stride=8)
-    assert (result.score, result.passage[1]) == (1, len(text))
 
 
 def test_a_tokenizer_that_cuts_unasked_is_noticed(tiny):
@@ -232,17 +227,12 @@ def test_errors_speak_of_documents(tiny):
         rerank(QUERY, ["a", "\udfff"], *tiny)
     with pytest.raises(ValueError, match="query has 40 tokens"):
         rerank("panda " * 40, DOCUMENTS, *tiny, max_length=40)
-    nan = counting(tiny, "panda")
-    nan.wanted = float("nan")
 
-    class Broken:
-        def __call__(self, input_ids, attention_mask):
-            output = nan(input_ids, attention_mask)
-            output.logits[:] = float("nan")
-            return output
+    def broken(input_ids, attention_mask):
+        return SimpleNamespace(logits=torch.full((len(input_ids), 1), float("nan")))
 
     with pytest.raises(ArithmeticError, match=r"nan for documents\[0\]"):
-        rerank(QUERY, DOCUMENTS, Broken(), tiny.tokenizer, "cpu")
+        rerank(QUERY, DOCUMENTS, broken, tiny.tokenizer, "cpu")
 
 
 def test_a_table_is_refused(tiny):

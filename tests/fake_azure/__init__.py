@@ -102,8 +102,8 @@ class FakeAzure:
         self.role, self.unregistered = role, unregistered
         self.blocked: list[str] = []
         """Hosts that were refused."""
-        self.requests: list[tuple[str, str, dict[str, str]]] = []
-        """Method, URL and headers of what was sent to Azure."""
+        self.requests: list[tuple[str, str]] = []
+        """Method and URL of what was sent to Azure."""
         self._resources: dict[str, dict] = {}
         self._operations: dict[str, Callable[[], dict]] = {}
         self._metadata: dict[str, dict[str, str]] = {}
@@ -159,7 +159,7 @@ class FakeAzure:
             raise requests.ConnectionError(f"fake_azure: {url.hostname} is refused, nothing leaves this machine")
         body = request.body.read() if hasattr(request.body, "read") else request.body or b""
         body = body.encode() if isinstance(body, str) else body
-        self.requests.append((request.method, request.url, dict(request.headers)))
+        self.requests.append((request.method, request.url))
         try:
             answer = handler(request, url, body)
         except Answer as raised:
@@ -254,10 +254,6 @@ class FakeAzure:
                     return Answer(201, self._keep(workspace, path, sent))
                 case ["DELETE", "onlineEndpoints" | "batchEndpoints" | "computes", *_]:
                     return self._delete(workspace, path)
-                case ["GET", "models" | "environments", asset]:
-                    versions = [int(key.split("/")[-1]) for key in self._resources if key.startswith(f"{path}/")]
-                    following = {"nextVersion": str(max(versions, default=0) + 1)}
-                    return Answer(200, {"name": asset, "properties": following})
                 case ["GET", *_] if parts[-1] in COLLECTIONS:
                     depth = path.count("/") + 1
                     keys = [k for k in self._resources if k.startswith(f"{path}/") and k.count("/") == depth]
@@ -545,7 +541,7 @@ class FakeAzure:
         settings: dict,
         body: bytes,
     ) -> Answer:
-        headers = {k: v for k, v in request.headers.items() if k.lower() in ("content-type", "x-request-id")}
+        headers = {k: v for k, v in request.headers.items() if k.lower() == "content-type"}
         try:
             reply = requests.request(
                 request.method, server.url, data=body, headers=headers, timeout=seconds(settings["requestTimeout"])
@@ -554,7 +550,7 @@ class FakeAzure:
             raise error(408, "RequestTimeout", "The deployment did not answer in request_timeout_ms.") from None
         answer = Answer(reply.status_code if reply.ok else 424, None, azureml_model_deployment=deployment)
         answer.body = reply.content
-        kept = ("content-type", "content-length", "x-request-id", "x-ms-run-fn-exec-ms")
+        kept = ("content-type", "content-length")
         answer.headers |= {key.title(): value for key, value in reply.headers.items() if key.lower() in kept}
         if not reply.ok:
             answer.headers["ms-azureml-model-error-reason"] = "model_error"

@@ -51,15 +51,7 @@ def usages(quota: dict[str, int], used: dict[str, int]) -> list[dict]:
     """The list of quotas: a family is named again for each workspace and cluster that uses it."""
 
     def usage(level: str, name: str, current: int, limit: int) -> dict:
-        names = {"value": name, "localizedValue": name}
-        return {
-            "id": level,
-            "type": f"{ML}/{level}",
-            "currentValue": current,
-            "limit": limit,
-            "name": names,
-            "unit": "Count",
-        }
+        return {"type": f"{ML}/{level}", "currentValue": current, "limit": limit, "name": {"value": name}}
 
     total = "Total Cluster Dedicated Regional vCPUs"
     listed = [usage("dedicatedCores/usages", total, sum(used.values()), max(100, sum(quota.values())))]
