@@ -1,12 +1,10 @@
 """Train on with long documents, every query of a batch against every document of it; then save the model.
 
-train.py runs the whole model for each of a query's few documents. Here each query is read together with one document of
-the batch, drawn at random, and then compared with all of them: half of the last layer's heads average one text, half
-the other, so those averages can be paired anew. It also teaches the averages to hold nothing of the text beside them.
-Else they hold some: tokens look at the other text's `</s>`, an attention sink, as they look at their own.
-
-The target is part label, part what the teachers say: e5, and for English all-MiniLM-L6-v2. Other steps are train.py's,
-so that what they taught is not forgotten.
+train.py runs the whole model for each of a query's few documents. Here attention between the texts is closed up to the
+layer that compares them, as with `evaluate.py --closed`, and half of that layer's heads read one text, half the other.
+So a pair's query can be compared with another pair's document without running the model again. The target is part
+label, part what the teachers say: e5, and for English all-MiniLM-L6-v2. Other steps are train.py's, with attention
+open, so that what they taught is not forgotten.
 """
 
 import argparse
@@ -20,6 +18,7 @@ from construct import HEAD, PREFIXES, WIDTH, encode, read, sample
 from data import facts
 from distil import BFLOAT16, MODEL, Rounding, Teacher, freeze_gates
 from e5 import read_e5
+from evaluate import apart
 from mine import SAME, MiniLM, add_minilm, embed
 from torch import Tensor
 from torch.nn import functional as F
@@ -52,45 +51,10 @@ CLUSTERS, SIZE, NEAREST = 3, 8, 30  # a batch: three rows, each with seven of th
 QUERY = 200  # characters of a query at most
 CUTS = ((300, 0.3), (800, 0.4), (2000, 0.3))  # characters of a document at most, share of these steps
 LONG = 480  # tokens of such a pair at most
+STARTS = (6, 32)  # where documents begin, in tokens
 TEMPERATURE, LABEL = 0.02, 0.5
-NARROW = 14.0  # instead of train.py's AJAR: so open, 400 tokens of a document outweigh a query's ten
-PUSH, FIRING = 20.0, 64.0  # of a unit: what it adds to a token, as a norm, if it makes it a sink; its input then
+NARROW = 6.0  # instead of train.py's AJAR: so open, 400 tokens of a document outweigh a query's ten
 SPARED = 15  # every 15th row is not trained on
-
-
-@torch.no_grad()
-def gate_separators(model, tokenizer, data: Path) -> None:
-    """Keep tokens from looking at the other text's </s>.
-
-    </s> is an attention sink of e5. In layers 5 to 9 one unit of the feed-forward network fires for it, and what that
-    writes is so large that LayerNorm shrinks the gates beside it to nothing. Two hardly used units become copies of
-    that unit, one for each gate; each fires only while its gate is active, and writes the gate anew.
-    """
-    inputs = encode(tokenizer, sample(read(data / "pairs.jsonl"), 25, seed=9), 256)
-    ids, inside = inputs["input_ids"], inputs["attention_mask"].bool()
-    ends = [(ids == tokenizer.eos_token_id) & inside & (inputs["token_type_ids"] == segment) for segment in (1, 0)]
-    mask = torch.zeros(ids.shape).masked_fill(~inside, -1e9)[:, None, None]
-    hidden = model.roberta.embeddings(ids, inputs["token_type_ids"])
-    for layer in model.roberta.encoder.layer[:-1]:
-        middle = layer.attention(hidden, mask)[0]
-        inner, outer, norm = layer.intermediate.dense, layer.output.dense, layer.output.LayerNorm
-        before, size = inner(middle), outer.weight.norm(dim=0)
-        at_ends = before[ends[0] | ends[1]].mean(0)
-        unit = (F.gelu(at_ends) * size).argmax()
-        if at_ends[unit] * size[unit] > PUSH:
-            free = (F.gelu(before[inside]).abs().mean(0) * size).argsort()[:2]
-            factor = 2 ** (FIRING / at_ends[unit]).log2().round()
-            for place, gate in zip(free, model.config.gates, strict=True):
-                inner.weight[place] = inner.weight[unit] * factor
-                inner.weight[place, gate] -= FIRING
-                inner.bias[place] = inner.bias[unit] * factor - 1.2 * FIRING
-                outer.weight[:, place] = 0
-            fired = F.gelu(inner(middle))
-            written = outer(fired) + middle
-            for place, gate, end in zip(free, model.config.gates, ends, strict=True):
-                wanted = written[end].mean(1) + written[end].std(1) * (-1 - norm.bias[gate]) / norm.weight[gate]
-                outer.weight[gate, place] = (wanted - written[end][:, gate]).mean() / fired[end][:, place].mean()
-        hidden = layer(hidden, mask)
 
 
 @torch.no_grad()
@@ -171,27 +135,29 @@ class Rows:
         return texts[0]["query"], [text["document"] for text in texts], target
 
 
-def every_pair(model, tokenizer, rows: list[dict], partners: Tensor) -> Tensor:
-    """Logits of each query (row) with each document (column), where `rows[i]` has query i and document i.
+def every_pair(model, inputs: dict[str, Tensor], starts: Tensor) -> Tensor:
+    """Logits of each query (row) with each document (column) of a batch of pairs.
 
-    Query i is read together with document `partners[i]`, a permutation, but compared with all.
+    `starts` says at which position each document begins. Behind its own query, a document's position would give away
+    how long that query is, and so which one is right.
     """
-    pairs = [{"query": row["query"], "document": rows[j]["document"]} for row, j in zip(rows, partners, strict=True)]
-    inputs = encode(tokenizer, pairs, LONG)
-    text = torch.zeros(inputs["input_ids"].shape).masked_fill(inputs["attention_mask"] == 0, -1e9)[:, None, None]
+    segment, inside = inputs["token_type_ids"], inputs["attention_mask"].bool()
+    positions = torch.arange(segment.shape[1]) + 2 + segment * (starts - segment.argmax(1))[:, None]
+    positions = positions.clamp(max=513).masked_fill(~inside, 1)
+    mask = apart(segment, inside)
     *lower, last = model.roberta.encoder.layer
     with BFLOAT16:
-        hidden = model.roberta.embeddings(inputs["input_ids"], inputs["token_type_ids"])
+        hidden = model.roberta.embeddings(inputs["input_ids"], segment, positions)
         for layer in lower:
-            hidden = layer(hidden, text.to(hidden.dtype))
+            hidden = layer(hidden, mask.to(hidden.dtype))
     hidden, own, count = hidden.float(), last.attention.self, len(hidden)
 
     def heads(x: Tensor) -> Tensor:
         return x.view(count, -1, own.num_attention_heads, own.attention_head_size).transpose(1, 2)
 
     query, key, value = heads(own.query(hidden[:, :1])), heads(own.key(hidden)), heads(own.value(hidden))
+    text = torch.zeros(count, 1, 1, hidden.shape[1]).masked_fill(~inside[:, None, None], -1e9)
     document, asked = F.scaled_dot_product_attention(query, key, value, text).reshape(count, 2, -1).unbind(1)
-    document = document[partners.argsort()]
     both = torch.cat([document.expand(count, -1, -1), asked[:, None].expand(-1, count, -1)], -1)
     middle = last.attention.output(both, hidden[:, :1].expand(-1, count, -1))
     return model.classifier(last.feed_forward_chunk(middle).flatten(0, 1)[:, None]).view(count, count)
@@ -214,7 +180,7 @@ def spared(model, tokenizer, sources: dict[tuple[str, str], Rows]) -> str:
     shown = []
     for name, source in sources.items():
         rows = [source.texts(i, 800) for i in range(0, len(source.rows), SPARED)][:100]
-        logits = every_pair(model, tokenizer, rows, torch.arange(len(rows)).roll(1))
+        logits = every_pair(model, encode(tokenizer, rows, LONG), torch.full((len(rows),), 16))
         right = logits.diagonal()
         first = (logits.argmax(1) == torch.arange(len(logits))).float().mean()
         others = (logits > 0).float().sum() - (right > 0).sum()
@@ -246,7 +212,6 @@ def train(packages: Path, data: Path, start: Path, out: Path, steps: int) -> Non
     model = AutoModelForSequenceClassification.from_pretrained(start, dtype=torch.float32).eval()
     open_layers(model, AJAR, NARROW)
     leave_out_separators(model, tokenizer, data)
-    gate_separators(model, tokenizer, data)
     keep_exact(model.roberta.encoder.layer[-1])
     freeze_gates(model, model.config.gates, opened=OPENED)
     weights = Rounding(model.parameters(), RATE, WARMUP, least=0.03, clip=1.0, steps=steps)
@@ -258,7 +223,7 @@ def train(packages: Path, data: Path, start: Path, out: Path, steps: int) -> Non
         size = CUTS[rng.choice(len(CUTS), p=[share for _, share in CUTS])][0]
         if kind == "contrast":
             rows, *tables = source.batch(size, rng)
-            logits = every_pair(model, tokenizer, rows, torch.randperm(len(rows)))
+            logits = every_pair(model, encode(tokenizer, rows, LONG), torch.randint(*STARTS, (len(rows),)))
             parts, right = contrast(logits, *tables), torch.arange(len(rows))
         else:
             if kind == "facts":
