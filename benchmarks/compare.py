@@ -98,14 +98,18 @@ def side_by_side(model: str, documents: list[str], settings: dict, options: argp
     """Run the variants in turn, and after each round yield all results so far."""
     runs, errors = {name: [] for name in options.variants}, {}
     measures_peak = "rerank" if "rerank" in runs else options.variants[0]
+    tasks, pythons = {}, {}
+    for name in options.variants:
+        _, dtype, environment = VARIANTS[name]
+        tasks[name] = {"variant": name, "model": model, "query": QUERY, "documents": documents}
+        tasks[name] |= {"device": options.device, "dtype": dtype or settings["dtype"], "clock": options.clock}
+        tasks[name]["peak_dtype"] = settings["dtype"] if name == measures_peak else None
+        pythons[name] = options.backends if environment == "backends" and options.backends else sys.executable
+        if environment == "backends":  # exports the model if it has to, which must not count as memory of a run
+            work(pythons[name], tasks[name] | {"documents": documents[:2]}, options.threads)
     for number in range(options.rounds):
         for name in [name for name in options.variants if name not in errors]:
-            _, dtype, environment = VARIANTS[name]
-            task = {"variant": name, "model": model, "query": QUERY, "documents": documents}
-            task |= {"device": options.device, "dtype": dtype or settings["dtype"], "clock": options.clock}
-            python = options.backends if environment == "backends" and options.backends else sys.executable
-            task["peak_dtype"] = settings["dtype"] if name == measures_peak else None
-            answer = work(python, task, options.threads)
+            answer = work(pythons[name], tasks[name], options.threads)
             if "error" in answer:
                 errors[name] = answer["error"]
             else:
