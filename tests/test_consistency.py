@@ -39,3 +39,10 @@ def test_files_that_commands_name_exist(path):
         r"\b(?:tests|benchmarks|azureml|reranker_helpers)/[\w/.-]+\w", path.read_text(encoding="utf-8")
     ):
         assert "NAME" in name or (ROOT / name).exists(), name
+
+
+def test_the_local_notebook_gives_the_gain_that_the_stand_ins_card_gives():
+    card = (ROOT / "tests/stand_in_model/README.md").read_text(encoding="utf-8")
+    gain = re.search(r"difference (\+\.\d+), 95 % interval (\+\.\d+ to \+\.\d+)", card)
+    notebook = (ROOT / "BGE_Reranker_Local.ipynb").read_text(encoding="utf-8")
+    assert f"gain after BM25 is {gain[1]}, 95 % interval {gain[2]}" in notebook
