@@ -129,6 +129,17 @@ def test_no_setting_and_no_weight_is_changed(tiny):
     assert modules == [(name, id(module), dict(vars(module))) for name, module in tiny.model.named_modules()]
 
 
+def test_no_setting_is_changed_by_an_error(tiny, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("broken")
+
+    before = settings()
+    monkeypatch.setattr(packed, "_feed_forward", broken)
+    with pytest.raises(RuntimeError, match="broken"):
+        score([(QUERY, "panda")], *tiny)
+    assert settings() == before
+
+
 def rounded(dtype):
     """What a processor does that multiplies float32 in a narrower type."""
     return lambda rows, weight, bias: F.linear(rows.to(dtype).float(), weight.to(dtype).float(), bias)
@@ -151,6 +162,14 @@ def test_the_faster_of_two_exact_routes_is_taken(monkeypatch):
     assert products._faster_route(weight, torch.zeros(256)) is products._onednn_linear
     with torch.backends.mkldnn.flags(enabled=False):
         assert products._faster_route(weight, torch.zeros(256)) is F.linear
+
+
+def test_onednn_is_as_exact_as_float32_can_be():
+    generator = torch.Generator().manual_seed(2)
+    rows, weight, bias = (torch.randn(size, generator=generator) for size in [(64, 1024), (512, 1024), (512,)])
+    exact = F.linear(rows.double(), weight.double(), bias.double())
+    error = (products._onednn_linear(rows, weight, bias) - exact).abs().max() / exact.abs().max()
+    assert error < 1e-5
 
 
 def test_a_setting_of_the_user_is_measured_anew(tiny):

@@ -57,12 +57,13 @@ def alone_and_together(model, tokenizer, **options):
     )
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize(
     "model_type", ["bert", "distilbert", "mpnet", "electra", "modernbert", "gpt2", "llama", "qwen2"]
 )
-def test_a_score_does_not_depend_on_the_batch(tokenizer, model_type):
+def test_a_score_does_not_depend_on_the_batch(tokenizer, model_type, side):
     """With a tokenizer that pads on the left, as decoders' do, a BERT counted positions from the padding."""
-    tokenizer.padding_side = "left"
+    tokenizer.padding_side = side
     alone, together = alone_and_together(make(model_type, tokenizer), tokenizer)
     assert together == pytest.approx(alone, abs=1e-4)
     assert max(alone) - min(alone) > 0.1

@@ -24,7 +24,7 @@ def random_documents(seed: int, count: int = 40) -> list[str]:
     return [" ".join(generator.choices(WORDS, k=int(generator.lognormvariate(3.5, 1)))) for _ in range(count)]
 
 
-@pytest.mark.parametrize(("seed", "batch_tokens"), [(0, None), (2, 64)])
+@pytest.mark.parametrize(("seed", "batch_tokens"), [(0, None), (1, 1), (2, 64), (3, 1000), (4, 100_000)])
 def test_batches_give_the_scores_of_a_plain_loop(tiny, seed, batch_tokens):
     documents = random_documents(seed)
     queries = [QUERY, "bread oven", "law"]
