@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import random
 
 import pandas
 import pytest
@@ -10,17 +9,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scoring_script import ROOT, batch_score, load_script, wire
-from tiny import TEXT
+from tiny import QUERY, texts
 
 from reranker_helpers import rerank, score
 
-QUERY = "what is a panda"
 OPTIONS = [{}, {"top_n": 2}, {"max_length": 40}, {"max_length": 40, "stride": 8}, {"return_documents": True}]
-
-
-def texts(seed: int, count: int, words: int = 60) -> list[str]:
-    generator = random.Random(seed)
-    return [" ".join(generator.choices(TEXT.split(), k=generator.randint(1, words))) for _ in range(count)]
 
 
 @pytest.fixture

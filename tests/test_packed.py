@@ -10,8 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from test_scoring import QUERY, WORDS, random_documents
-from tiny import plain_score
+from tiny import QUERY, WORDS, plain_score, random_documents
 
 from reranker_helpers import packed, padded, products, score, scoring, tokenising
 

@@ -5,8 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from test_scoring import QUERY, random_documents
-from tiny import make_tokenizer
+from tiny import QUERY, make_tokenizer, random_documents
 from transformers import AutoModelForSequenceClassification
 
 from reranker_helpers import load_reranker, rerank, score

@@ -1,20 +1,15 @@
 """The same scores as sentence-transformers and FlagEmbedding give. Both come with benchmarks/requirements.txt."""
 
-import random
-
 import pytest
 import torch
-from tiny import TEXT
+from tiny import QUERY, texts
 
 from reranker_helpers import score
-
-QUERY = "what is a panda"
 
 
 @pytest.fixture
 def documents() -> list[str]:
-    generator = random.Random(0)
-    return [" ".join(generator.choices(TEXT.split(), k=generator.randint(1, 700))) for _ in range(30)]
+    return texts(0, 30, 700)
 
 
 def test_cross_encoder(tiny, tiny_folder, documents):

@@ -9,8 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import transformers
-from test_scoring import QUERY, random_documents
-from tiny import make_model, make_tokenizer
+from tiny import QUERY, make_model, make_tokenizer, random_documents
 
 from benchmarks.compare import kendall_tau
 from reranker_helpers import int8, load_reranker, packed, products, quantised, score, scoring

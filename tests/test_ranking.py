@@ -7,11 +7,10 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
-from tiny import TEXT, KeywordModel, plain_score
+from tiny import QUERY, WORDS, KeywordModel, plain_score
 
 from reranker_helpers import rerank
 
-QUERY = "what is a panda"
 DOCUMENTS = ["the bear lives in forests of china", "bread", "", "panda", "it eats bamboo and bread", "moon"]
 
 
@@ -102,7 +101,7 @@ def test_key_takes_the_text_and_the_object_comes_back(tiny):
 
 def test_truncation_is_reported_only_where_it_happens(tiny):
     def words(count: int) -> str:
-        return " ".join((TEXT * 20).split()[:count])
+        return " ".join((WORDS * 20)[:count])
 
     tokens = len(tiny.tokenizer(words(20), add_special_tokens=False)["input_ids"])
     query_tokens = len(tiny.tokenizer(QUERY, add_special_tokens=False)["input_ids"])

@@ -11,17 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from tiny import TEXT, KeywordModel, make_model, plain_score
+from tiny import QUERY, WORDS, KeywordModel, make_model, plain_score, random_documents
 
 from reranker_helpers import score, tokenising
-
-WORDS = TEXT.split()
-QUERY = "what is a panda"
-
-
-def random_documents(seed: int, count: int = 40) -> list[str]:
-    generator = random.Random(seed)
-    return [" ".join(generator.choices(WORDS, k=int(generator.lognormvariate(3.5, 1)))) for _ in range(count)]
 
 
 @pytest.mark.parametrize(("seed", "batch_tokens"), [(0, None), (1, 1), (2, 64), (3, 1000), (4, 100_000)])

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import random
 import shutil
 import socket
 import time
@@ -13,12 +12,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scoring_script import load_script, score, weights, wire
-from tiny import TEXT
+from tiny import QUERY, WORDS, texts
 
 from reranker_helpers import rerank
-
-QUERY = "what is a panda"
-WORDS = TEXT.split()
 
 
 @pytest.fixture
@@ -30,11 +26,6 @@ def ask(tiny):
         return score.answer(body, tiny, "tiny", wire.Limits(**limits), "request-7")
 
     return ask
-
-
-def texts(seed: int, count: int, words: int) -> list[str]:
-    generator = random.Random(seed)
-    return [" ".join(generator.choices(WORDS, k=generator.randint(1, words))) for _ in range(count)]
 
 
 @pytest.mark.parametrize("options", [{}, {"top_n": 3}, {"max_length": 40}, {"max_length": 40, "stride": 8}])

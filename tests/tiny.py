@@ -1,5 +1,7 @@
-"""A tiny XLM-RoBERTa with random weights and a tokenizer like the real one's, both made here in a second."""
+"""A tiny XLM-RoBERTa with random weights and a tokenizer like the real one's, both made here in a second, and
+random texts of its words."""
 
+import random
 from types import SimpleNamespace
 
 import torch
@@ -18,12 +20,26 @@ TEXT = (
     "passage reranker score star planet moon water river mountain bread flour oven music song guitar "
     "history king queen war peace law court contract "
 )
+WORDS = TEXT.split()
+QUERY = "what is a panda"
+
+
+def texts(seed: int, count: int, words: int = 60) -> list[str]:
+    """Random texts of 1 to `words` words."""
+    generator = random.Random(seed)
+    return [" ".join(generator.choices(WORDS, k=generator.randint(1, words))) for _ in range(count)]
+
+
+def random_documents(seed: int, count: int = 40) -> list[str]:
+    """Random texts, most of them short and a few long."""
+    generator = random.Random(seed)
+    return [" ".join(generator.choices(WORDS, k=int(generator.lognormvariate(3.5, 1)))) for _ in range(count)]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """A Unigram tokenizer whose vocabulary holds the special tokens as pieces, as XLM-RoBERTa's does."""
     special = ["<s>", "<pad>", "</s>", "<unk>"]
-    words = list(dict.fromkeys(TEXT.split()))
+    words = list(dict.fromkeys(WORDS))
     pieces = [*special, *("▁" + word for word in words), "▁", *"abcdefghijklmnopqrstuvwxyz", "<mask>"]
     vocabulary = [(piece, -0.01 * i if len(piece) > 1 else -10.0) for i, piece in enumerate(pieces)]
     backend = Tokenizer(models.Unigram(vocabulary, unk_id=3))
