@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 from azure.ai.ml import (
     Input,
-    MLClient,
     load_batch_deployment,
     load_batch_endpoint,
     load_compute,
@@ -21,7 +20,6 @@ from azure.ai.ml import (
     load_model,
 )
 from azure.core.exceptions import HttpResponseError, ResourceNotFoundError
-from azure.identity import DefaultAzureCredential
 from fake_azure import BatchJob, BatchSettings
 
 from reranker_helpers import load_reranker, rerank
@@ -148,9 +146,7 @@ def test_a_script_in_a_folder_of_microsofts_name_is_not_found(tmp_path, tiny_fol
 @pytest.fixture(scope="module")
 def client(azure, tiny_folder):
     azure.quota["Standard_NC4as_T4_v3"] = 8
-    client = MLClient(
-        DefaultAzureCredential(), "s", "group", "workspace", enable_telemetry=False, show_progress=False, retry_total=0
-    )
+    client = azure.client()
     client.environments.create_or_update(load_environment(AZUREML / "environment.yml"))
     client.models.create_or_update(load_model(AZUREML / "model.yml", params_override=[{"path": str(tiny_folder)}]))
     client.compute.begin_create_or_update(load_compute(AZUREML / "batch-compute.yml")).result()

@@ -10,14 +10,12 @@ import pytest
 import requests
 import torch
 from azure.ai.ml import (
-    MLClient,
     load_environment,
     load_model,
     load_online_deployment,
     load_online_endpoint,
 )
 from azure.core.exceptions import HttpResponseError, ResourceNotFoundError
-from azure.identity import DefaultAzureCredential
 from fake_azure import FakeAzure
 
 from reranker_helpers import load_reranker, rerank
@@ -25,20 +23,11 @@ from reranker_helpers import load_reranker, rerank
 AZUREML = Path(__file__).parent.parent / "azureml"
 QUERY = "what is a panda"
 DOCUMENTS = ["bread and oven", "the panda is a bear", "law and contract"]
-SUBSCRIPTION = "00000000-0000-0000-0000-000000000000"
 
 
 @pytest.fixture(scope="module")
 def client(azure):
-    return MLClient(
-        DefaultAzureCredential(),
-        SUBSCRIPTION,
-        "group",
-        "workspace",
-        enable_telemetry=False,
-        show_progress=False,
-        retry_total=1,
-    )
+    return azure.client()
 
 
 def deployment(name: str = "blue", file: str = "online-deployment-cpu.yml"):

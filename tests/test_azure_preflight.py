@@ -1,7 +1,6 @@
 """azureml/preflight.py: what is missing is named, with the way to get it and what can be done without it."""
 
 import pytest
-from azure.ai.ml import MLClient
 from azure.core.exceptions import ClientAuthenticationError, HttpResponseError
 from azure.identity import DefaultAzureCredential
 from fake_azure import FakeAzure
@@ -11,11 +10,9 @@ preflight = load_script("azureml/preflight.py")
 CPU, GPU = "Standard_F8s_v2", "Standard_NC4as_T4_v3"
 
 
-def look(machine: str = CPU, **azure) -> list:
-    with FakeAzure(**azure):
-        credential = DefaultAzureCredential()
-        client = MLClient(credential, "s", "group", "workspace", enable_telemetry=False, retry_total=0)
-        return preflight.preflight(client, credential, machine)
+def look(machine: str = CPU, **settings) -> list:
+    with FakeAzure(**settings) as azure:
+        return preflight.preflight(azure.client(), DefaultAzureCredential(), machine)
 
 
 def missing(checks: list) -> str:
@@ -53,8 +50,8 @@ def test_what_the_roles_may_is_what_the_local_azure_lets_them_do():
     for role, count in (("Reader", 6), ("Contributor", 0)):
         assert missing(look(role=role)).count("your role") == count
     for role in ("Reader", "AzureML Data Scientist"):
-        with FakeAzure(role=role):
-            client = MLClient(DefaultAzureCredential(), "s", "group", "w", enable_telemetry=False, retry_total=0)
+        with FakeAzure(role=role) as azure:
+            client = azure.client()
             with pytest.raises(HttpResponseError, match=r"AuthorizationFailed.*perform action '[^']*computes/delete'"):
                 client.compute.begin_delete("anything")
 
@@ -66,11 +63,10 @@ def test_providers_that_are_not_registered():
 
 
 def test_not_signed_in(monkeypatch):
-    with FakeAzure():
+    with FakeAzure() as azure:
         monkeypatch.setenv("AZURE_CLIENT_SECRET", "expired")
         credential = DefaultAzureCredential()
-        client = MLClient(credential, "s", "group", "workspace", enable_telemetry=False, retry_total=0)
-        (check,) = preflight.preflight(client, credential, CPU)
+        (check,) = preflight.preflight(azure.client(), credential, CPU)
         with pytest.raises(ClientAuthenticationError, match="AADSTS7000215"):
             credential.get_token(f"{preflight.ARM}/.default")
     assert not check.ok

@@ -145,6 +145,15 @@ class FakeAzure:
     def __exit__(self, *exception: object) -> None:
         self.uninstall()
 
+    def client(self):
+        """An `MLClient` without retries, so that a fault of this Azure shows at once."""
+        # Not above: tests/azure_container.py runs where the SDK is not installed.
+        from azure.ai.ml import MLClient
+        from azure.identity import DefaultAzureCredential
+
+        options = {"enable_telemetry": False, "show_progress": False, "retry_total": 0}
+        return MLClient(DefaultAzureCredential(), "subscription", "group", "workspace", **options)
+
     def _send(self, adapter: HTTPAdapter, request: requests.PreparedRequest, options: dict) -> requests.Response:
         url = urlsplit(request.url)
         if url.hostname in ("127.0.0.1", "localhost"):
