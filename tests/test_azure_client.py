@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pytest
 import requests
+from azure_scripts import load_script
 from fake_azure import InferenceServer
-from scoring_script import load_script
 
 from reranker_helpers import load_reranker, rerank
 

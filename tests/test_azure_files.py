@@ -15,7 +15,7 @@ from azure.ai.ml import (
     load_online_endpoint,
 )
 from azure.ai.ml._utils._asset_utils import get_ignore_file, get_upload_files_from_folder
-from scoring_script import wire
+from azure_scripts import wire
 
 ROOT = Path(__file__).parent.parent
 AZUREML = ROOT / "azureml"

@@ -3,8 +3,8 @@
 import pytest
 from azure.core.exceptions import ClientAuthenticationError, HttpResponseError
 from azure.identity import DefaultAzureCredential
+from azure_scripts import load_script
 from fake_azure import FakeAzure
-from scoring_script import load_script
 
 preflight = load_script("azureml/preflight.py")
 CPU, GPU = "Standard_F8s_v2", "Standard_NC4as_T4_v3"

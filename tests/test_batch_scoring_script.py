@@ -6,9 +6,9 @@ import json
 import pandas
 import pytest
 import torch
+from azure_scripts import ROOT, batch_score, load_script, wire
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from scoring_script import ROOT, batch_score, load_script, wire
 from tiny import QUERY, texts
 
 from reranker_helpers import rerank, score

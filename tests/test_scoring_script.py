@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from azure_scripts import load_script, score, weights, wire
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from scoring_script import load_script, score, weights, wire
 from tiny import QUERY, WORDS, texts
 
 from reranker_helpers import rerank
