@@ -16,7 +16,7 @@ import torch
 from compare import save
 from construct import HEAD, PREFIXES, WIDTH, encode, read, sample
 from data import facts
-from distil import BFLOAT16, MODEL, Rounding, Teacher, freeze_gates
+from distil import BFLOAT16, MODEL, Rounding, Teacher, freeze_gates, rounded
 from e5 import read_e5
 from evaluate import apart
 from mine import SAME, MiniLM, add_minilm, embed
@@ -53,16 +53,81 @@ CUTS = ((300, 0.3), (800, 0.4), (2000, 0.3))  # characters of a document at most
 LONG = 480  # tokens of such a pair at most
 STARTS = (6, 32)  # where documents begin, in tokens
 TEMPERATURE, LABEL = 0.02, 0.5
-NARROW = 6.0  # instead of train.py's AJAR: so open, 400 tokens of a document outweigh a query's ten
+NARROW = 14.0  # instead of train.py's AJAR: so open, 400 tokens of a document outweigh a query's ten
+SINKS = range(4, 9)  # layers, counted from 0, in which LayerNorm takes the gates of separators away
+APART, MARGIN = 20.0, 3.0  # before the activation: between such a separator and all other tokens; from where it bends
 SPARED = 15  # every 15th row is not trained on
+
+
+def separate(tokens: Tensor, wanted: Tensor) -> Tensor:
+    """The direction along which `wanted` tokens are larger than all others.
+
+    It is a linear classifier's, with squared hinge loss; both kinds weigh the same, however many there are of each.
+    """
+    center, spread = tokens.mean(0), tokens.std(0).clamp(min=0.05)
+    known, sign = (tokens - center) / spread, torch.where(wanted, 1.0, -1.0)
+    weight = torch.where(wanted, 0.5 / wanted.sum(), 0.5 / (~wanted).sum())
+    line, bias = torch.zeros(tokens.shape[1], requires_grad=True), torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.LBFGS([line, bias], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        missed = (1 - sign * (known @ line + bias)).clamp(min=0)
+        cost = (weight * missed.square()).sum() + 1e-3 * line.square().sum()
+        cost.backward()
+        return cost
+
+    with torch.enable_grad():
+        optimizer.step(closure)
+    return line.detach() / spread
+
+
+@torch.no_grad()
+def renew_separators(model, tokenizer, data: Path) -> None:
+    """Write the gates of </s> anew in the layers that take them away.
+
+    e5 makes <s> and </s> its attention sinks: in each of SINKS one feed-forward unit fires for them alone, and writes
+    so much that LayerNorm shrinks their gates to nothing. A text would then see the other one's </s>, and what that
+    has gathered. Four idle units become two pairs like those of construct.py's renew_gates, one for each text's </s>.
+    """
+    inputs = encode(tokenizer, sample(read(data / "pairs.jsonl"), 12, seed=9), 256)
+    segment, inside = inputs["token_type_ids"], inputs["attention_mask"].bool()
+    separator = (inputs["input_ids"] == tokenizer.eos_token_id) & inside
+    mask = torch.zeros(inside.shape).masked_fill(~inside, -1e9)[:, None, None]
+    hidden = model.roberta.embeddings(inputs["input_ids"], segment)
+    # The first gate is the document's.
+    own = {gate: separator & (segment == side) for gate, side in zip(model.config.gates, (1, 0), strict=True)}
+    for place, layer in enumerate(model.roberta.encoder.layer[: SINKS.stop]):
+        up, down, norm = layer.intermediate.dense, layer.output.dense, layer.output.LayerNorm
+        middle = layer.attention(hidden, mask)[0]
+        if place in SINKS:
+            least = F.gelu(up(middle[inside])).abs().mean(0) * down.weight.norm(dim=0)
+            for (gate, where), pair in zip(own.items(), least.topk(4, largest=False).indices.view(2, 2), strict=True):
+                others = inside & ~where
+                line = separate(middle[inside], where[inside])
+                gap = torch.quantile(middle[where] @ line, 0.01) - (middle[others] @ line).max()
+                if gap <= 0:
+                    raise ValueError(f"layer {place}: nothing tells one text's </s> from all other tokens")
+                line = rounded(line[None] * APART / gap)
+                seen = (middle @ line[0]).masked_fill(~inside, 0)
+                up.weight[pair], down.weight[:, pair] = line, 0
+                up.bias[pair] = -torch.stack([seen[others].max() + MARGIN, seen[where].min() - MARGIN])
+                on = F.gelu(up(middle[where])[:, pair]) @ torch.tensor([1.0, -1.0])
+                out = down(F.gelu(up(middle[where]))) + middle[where]
+                needed = out.mean(1) + out.std(1) * (-1 - norm.bias[gate]) / norm.weight[gate] - out[:, gate]
+                size = needed.mean() / on.mean()
+                down.weight[gate, pair] = torch.stack([size, -size])
+        hidden = layer(hidden, mask)
+    gates = [f"{hidden[where][:, gate].mean():.2f}" for gate, where in own.items()]
+    print(f"gates of </s> behind layer {SINKS.stop}, document and query: {' '.join(gates)}", flush=True)
 
 
 @torch.no_grad()
 def leave_out_separators(model, tokenizer, data: Path) -> None:
     """Keep <s> and </s> out of the averages that the last layer compares.
 
-    e5 makes them its attention sinks, and their LayerNorms then shrink the gates to nothing. Open to both sides, they
-    would put some of the document into the query's average. A regression finds what tells them from other tokens.
+    <s> is open to both sides, and would put some of the document into the query's average. A regression finds what
+    tells them from other tokens.
     """
     attention = model.roberta.encoder.layer[-1].attention.self
     inputs = encode(tokenizer, sample(read(data / "pairs.jsonl"), 25, seed=9), 128)
@@ -211,6 +276,7 @@ def train(packages: Path, data: Path, start: Path, out: Path, steps: int) -> Non
     tokenizer = AutoTokenizer.from_pretrained(start)
     model = AutoModelForSequenceClassification.from_pretrained(start, dtype=torch.float32).eval()
     open_layers(model, AJAR, NARROW)
+    renew_separators(model, tokenizer, data)
     leave_out_separators(model, tokenizer, data)
     keep_exact(model.roberta.encoder.layer[-1])
     freeze_gates(model, model.config.gates, opened=OPENED)
