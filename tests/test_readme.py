@@ -209,7 +209,12 @@ def test_claims_of_speed_are_what_was_measured():
     recipe = times_as_fast(int8, "rerank int8 then float32", "rerank")
     assert f"scoring most documents in int8 only: {recipe} times as fast" in text
     rows = (ROOT / "benchmarks/results/int8-accuracy.md").read_text().splitlines()
-    cells = next(row.split(" | ") for row in rows if row.startswith("| Python FAQ"))
+    hand, cells = (
+        next(row.split(" | ") for row in rows if row.startswith(name)) for name in ("| hand-written", "| Python FAQ")
+    )
+    lost = [[float(number) for number in re.findall(r"[+-][\d.]+", row[4])] for row in (hand, cells)]
+    assert f"{lost[0][0]:.3f} on the hand-written set and {lost[1][0]:.3f} on the FAQ" in text
+    assert all(low <= 0 <= high for _, low, high in lost)
     assert f"{cells[-2].replace('%', ' %')} of the FAQ's candidates had to be scored again" in text
     assert f"and int8 moved logits by up to {float(cells[6]):.1f}" in text
 
