@@ -72,7 +72,7 @@ def execute(notebook: nbformat.NotebookNode, folder: Path, **settings) -> None:
         status = Path(f"/proc/{client.km.provisioner.pid}/status")
         if status.exists():  # Linux
             peak = next(int(line.split()[1]) for line in status.open() if line.startswith("VmHWM"))
-            print(f"peak memory: {peak / 1e6:.2f} GB")
+            print(f"peak memory: {peak / 1e6:.2f} GB; the model's file counts once for each copy loaded")
         client.set_widgets_metadata()
 
 
