@@ -11,7 +11,6 @@ import torch
 import transformers
 from tiny import QUERY, make_model, make_tokenizer, random_documents
 
-from benchmarks.compare import kendall_tau
 from reranker_helpers import int8, load_reranker, packed, products, quantised, score, scoring
 
 CPU = torch.device("cpu")
@@ -36,12 +35,19 @@ def linears(model):
     return {name: part for name, part in model.named_modules() if isinstance(part, int8.QuantisedLinear)}
 
 
+def in_one_order(ours, theirs):
+    """Return the share of pairs of documents that both put in the same order."""
+    i, j = torch.combinations(torch.arange(len(ours))).T
+    ours, theirs = torch.tensor(ours), torch.tensor(theirs)
+    return ((ours[i] > ours[j]) == (theirs[i] > theirs[j])).float().mean()
+
+
 def test_scores_are_near_those_of_float32(tiny, tiny_folder, levels):
     reranker = load_reranker(tiny_folder, device="cpu", dtype="int8")
     exact, near = score(PAIRS, *tiny), score(PAIRS, *reranker)
     tolerance = 0.3 if levels == 127 else 0.15
     assert near == pytest.approx(exact, abs=tolerance * torch.tensor(exact).std().item())
-    assert kendall_tau(near, exact) > 0.9
+    assert in_one_order(near, exact) > 0.95
     assert exact != near
     assert len(linears(reranker.model)) == 6 + 2  # of the last layer keys and values
     assert {part.grid.levels for part in linears(reranker.model).values()} == {levels}
@@ -213,7 +219,7 @@ def test_saving_is_refused(tiny_folder, tmp_path):
 def test_without_a_safetensors_file_embeddings_stay_in_memory(tiny):
     exact = score(PAIRS, *tiny)
     quantised.quantise(tiny.model, tiny.tokenizer)
-    assert kendall_tau(score(PAIRS, *tiny), exact) > 0.9
+    assert in_one_order(score(PAIRS, *tiny), exact) > 0.95
     with pytest.raises(ValueError, match="int8 takes an unchanged XLM-RoBERTa in float32 on the CPU"):
         quantised.quantise(make_model(len(tiny.tokenizer)).half(), tiny.tokenizer)
 

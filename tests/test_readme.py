@@ -244,3 +244,17 @@ def test_requirements_are_what_is_imported():
         imported |= set(re.findall(r"^\s*(?:import|from) (\w+)", source, re.M))
     commands, dotted = {"jupyter", "nbval", "pytest_xdist", "ruff"}, {"azure_ai_ml", "azure_identity"}
     assert not pinned - commands - dotted - imported
+
+
+def test_the_helpers_tests_need_little():
+    """CI runs them on the lowest versions too, without matplotlib, the Azure SDK and the rest of requirements.txt."""
+    workflow = (ROOT / ".github/workflows/ci.yml").read_text()
+    command = re.search(r"pip install -r \.github/\${{ matrix\.versions }}\.txt\n +- run: pytest (.*)", workflow)[1]
+    sources = [(ROOT / name).read_text(encoding="utf-8") for name in [*command.split(), "tests/tiny.py"]]
+    nodes = [node for source in sources for node in ast.walk(ast.parse(source))]
+    imported = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    imported |= {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names}
+    used = {name.partition(".")[0] for name in imported} - sys.stdlib_module_names
+    brought_along = {"tokenizers", "safetensors"}  # by transformers
+    installed = {*re.findall(r"^(\w+)", (ROOT / ".github/lowest.txt").read_text(), re.M)} | brought_along
+    assert used - {"reranker_helpers", "tiny"} <= installed
