@@ -243,7 +243,8 @@ def test_requirements_are_what_is_imported():
     for source in sources:
         imported |= set(re.findall(r"^\s*(?:import|from) (\w+)", source, re.M))
     commands, dotted = {"jupyter", "nbval", "pytest_xdist", "ruff"}, {"azure_ai_ml", "azure_identity"}
-    assert not pinned - commands - dotted - imported
+    guidance = {name for name in pinned if "opentelemetry" in name}  # for pip's resolver
+    assert not pinned - commands - dotted - guidance - imported
 
 
 def test_the_helpers_tests_need_little():
