@@ -1,5 +1,8 @@
 """Fixtures: the tiny reranker with random weights, as a folder and loaded, and the local Azure."""
 
+import importlib
+import importlib.util
+
 import pytest
 import torch
 from tiny import make_model, make_tokenizer
@@ -22,6 +25,19 @@ def tiny() -> Reranker:
     """A tiny reranker with random weights, new for each test."""
     tokenizer = make_tokenizer()
     return Reranker(make_model(len(tokenizer)), tokenizer, torch.device("cpu"))
+
+
+@pytest.fixture
+def installed():
+    """Import a package, or skip where there is none. `pytest.importorskip` would skip a broken one, too: FlagEmbedding
+    1.4.2 does not find a module that Transformers 5.24 has removed."""
+
+    def find(name: str):
+        if importlib.util.find_spec(name.partition(".")[0]) is None:
+            pytest.skip(f"{name} is not installed")
+        return importlib.import_module(name)
+
+    return find
 
 
 @pytest.fixture(scope="module")

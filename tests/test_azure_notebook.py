@@ -212,9 +212,9 @@ def test_nothing_secret_is_stored():
     assert "REHEARSAL" in printed(CELLS["config"]), "the stored outputs are labelled"
 
 
-def test_coheres_client(tmp_path):
+def test_coheres_client(tmp_path, installed):
     """The snippet in the notebook's text, against the real server."""
-    cohere = pytest.importorskip("cohere", reason="cohere is not installed")
+    cohere = installed("cohere")
     assert cohere
     source = re.search(r"```python\n(.+?)```", CELLS["m-client-library"].source, re.DOTALL)[1]
     snippet, call = source.rsplit("\n", 2)[0], source.rsplit("\n", 2)[1]

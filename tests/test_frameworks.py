@@ -36,10 +36,10 @@ def expected(tiny):
     return ranking
 
 
-def test_langchain(snippet, expected):
-    documents = pytest.importorskip("langchain_core.documents", reason="langchain-core is missing")
-    runnables = pytest.importorskip("langchain_core.runnables", reason="langchain-core is missing")
-    retrievers = pytest.importorskip("langchain_classic.retrievers", reason="langchain-classic is missing")
+def test_langchain(snippet, expected, installed):
+    documents = installed("langchain_core.documents")
+    runnables = installed("langchain_core.runnables")
+    retrievers = installed("langchain_classic.retrievers")
     reranker = snippet("LangChainReranker")
     given = [documents.Document(text, id=f"d{i}", metadata={"from": {"page": i}}) for i, text in enumerate(TEXTS)]
     before = copy.deepcopy(given)
@@ -63,8 +63,8 @@ def test_langchain(snippet, expected):
         reranker(top_k=2)
 
 
-def test_llama_index(snippet, expected):
-    core = pytest.importorskip("llama_index.core", reason="llama-index-core is missing")
+def test_llama_index(snippet, expected, installed):
+    core = installed("llama_index.core")
     from llama_index.core.llms import MockLLM
     from llama_index.core.schema import NodeWithScore, TextNode
 
@@ -89,9 +89,9 @@ def test_llama_index(snippet, expected):
     assert [node.score for node in found] == pytest.approx([result.score for result in expected[:2]], abs=1e-4)
 
 
-def test_haystack(snippet, expected, monkeypatch):
+def test_haystack(snippet, expected, monkeypatch, installed):
     monkeypatch.setenv("HAYSTACK_TELEMETRY_ENABLED", "False")
-    haystack = pytest.importorskip("haystack", reason="haystack-ai is missing")
+    haystack = installed("haystack")
     from haystack.components.retrievers.in_memory import InMemoryBM25Retriever
     from haystack.document_stores.in_memory import InMemoryDocumentStore
 

@@ -234,9 +234,9 @@ def test_errors_speak_of_documents(tiny):
         rerank(QUERY, DOCUMENTS, broken, tiny.tokenizer, "cpu")
 
 
-def test_a_table_is_refused(tiny):
+def test_a_table_is_refused(tiny, installed):
     """Iterating over a DataFrame gives the names of its columns: they were ranked, and the rows never read."""
-    pandas = pytest.importorskip("pandas")
+    pandas = installed("pandas")
     table = pandas.DataFrame({"title": ["panda", "bread"], "text": ["the bear", "the oven"]})
     with pytest.raises(TypeError, match=r"documents is DataFrame, a table, .*pass one column, such as table\['text'\]"):
         rerank(QUERY, table, *tiny)

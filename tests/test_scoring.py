@@ -236,8 +236,8 @@ def test_swapped_arguments(tiny):
         score([(QUERY, "panda")], model, "BAAI/bge-reranker-v2-m3", device)
 
 
-def test_a_table_of_pairs(tiny):
-    pandas = pytest.importorskip("pandas")
+def test_a_table_of_pairs(tiny, installed):
+    pandas = installed("pandas")
     with pytest.raises(TypeError, match="pairs is DataFrame, a table"):
         score(pandas.DataFrame({"query": [QUERY], "document": ["panda"]}), *tiny)
 
