@@ -320,11 +320,8 @@ def test_scoring_adds_little_memory(request):
     """What scoring adds to the loaded model, at full width. Layers add nothing: each frees what the one before took."""
     here = request.path.parent
     command = [sys.executable, "-c", MEASURE, str(here), str(here.parent)]
-    limits = {"documents": 150, "long": 500, "cut": 150}  # megabytes
-    for _ in range(3):  # how the heap falls into pieces differs by 40 MB from run to run
-        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        added = {line.split(":")[0]: float(line.split(":")[1]) for line in output.splitlines()}
-        if all(added[name] < limit for name, limit in limits.items()):
-            return
+    limits = {"documents": 180, "long": 250, "cut": 150}  # megabytes; in ten runs: 98 to 160, 169, 12 to 28
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    added = {line.split(":")[0]: float(line.split(":")[1]) for line in output.splitlines()}
     # "cut": the tokenizer's own truncation makes 2,500 windows of that document, and takes 3 GB.
-    pytest.fail(f"scoring adds {added} MB, more than {limits}")
+    assert {name: added[name] for name, limit in limits.items() if added[name] >= limit} == {}
