@@ -133,7 +133,9 @@ def test_a_layer_that_errs_too_much_stays_as_it_is(tmp_path, caplog):
     kept = reranker.model.roberta.encoder.layer[0].attention.self.value
     assert type(kept) is torch.nn.Linear
     assert torch.equal(kept.weight, values.weight)
-    assert "the head, layer.0.attention.self.value, layer.1" in caplog.text
+    names = ["attention.self.query", "attention.output.dense", "intermediate.dense", "output.dense"]
+    names = ", ".join(["layer.0.attention.self.value", *(f"layer.1.{name}" for name in names)])
+    assert f"in float32 stay embeddings, layer norms, the head, {names};" in caplog.text
     assert isinstance(reranker.model.roberta.encoder.layer[0].attention.self.query, int8.QuantisedLinear)
 
 
