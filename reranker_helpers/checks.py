@@ -162,8 +162,11 @@ def check_model(model: Callable[..., Any], tokenizer: PreTrainedTokenizerBase, d
         )
     if not isinstance(model, torch.nn.Module):
         return
-    if model.training:
-        raise ValueError("the model is in training mode, where dropout makes scores random: call model.eval() first")
+    changing = torch.nn.modules.dropout._DropoutNd | torch.nn.modules.batchnorm._BatchNorm
+    for name, part in model.named_modules():
+        if part.training and (part is model or isinstance(part, changing)):
+            what = f"the model's part {name}" if name else "the model"
+            raise ValueError(f"{what} is in training mode, where dropout makes scores random: call model.eval() first")
     weight = next(model.parameters(), None)
     if weight is not None and weight.device.type != device.type:
         raise ValueError(f"device is {str(device)!r}, but the model is on {str(weight.device)!r}: pass that one")

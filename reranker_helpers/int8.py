@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .products import linear, measure_once, seconds
+from .products import find_once, linear
 
 
 class _Rounded(NamedTuple):
@@ -34,7 +35,7 @@ class Grid(torch.nn.Module):
 
     def __init__(self, shift: Tensor, stretch: Tensor, levels: int | None, one_sided: bool):
         super().__init__()
-        self.factor, self.offset = 1 / stretch, -shift / stretch
+        self.factor, self.offset = (1 / stretch).float(), (-shift / stretch).float()
         self.levels, self.one_sided = levels, one_sided
 
     def forward(self, rows: Tensor) -> _Rounded:
@@ -69,14 +70,15 @@ class QuantisedLinear(torch.nn.Module):
 
     def __init__(self, source: torch.nn.Linear, grid: Grid):
         super().__init__()
-        self.bias = torch.addmv(source.bias.detach(), source.weight.detach(), -grid.offset / grid.factor)
-        weight = source.weight.detach() / grid.factor  # the only copy: what follows works in place
+        shift = -grid.offset.double() / grid.factor.double()
+        self.bias = torch.addmv(source.bias.detach().double(), source.weight.detach().double(), shift).float()
+        weight = source.weight.detach() / grid.factor  # the only copy that stays: what follows works in place
         self.scale = (torch.maximum(weight.amax(1), -weight.amin(1)) / 127).clamp_min_(1e-30)
         self.sums = weight.div_(self.scale[:, None]).round_().sum(1) * self.scale
         self.weight = weight.to(torch.int8)
         self.grid = grid
         if grid.levels is not None:
-            self.zeros = torch.zeros(len(weight), dtype=torch.int32)
+            self.zeros = torch.zeros_like(self.scale, dtype=torch.int32)
             self.low = None if grid.one_sided else self.sums * -(grid.levels // 2 + 1)
             self.weight = torch.ops.onednn.qlinear_prepack(self.weight, None)  # in oneDNN's own order
 
@@ -95,13 +97,35 @@ class QuantisedLinear(torch.nn.Module):
         return torch.addcmul(self.bias, rows.low, self.sums).addcmul_(result, rows.step)
 
     def _apply(self, fn, recurse=True):
-        probe = fn(torch.empty(0))
-        if probe.device.type != "cpu" or probe.dtype != torch.float32:
-            raise TypeError("an int8 model stays on the CPU: load it again with the device and dtype that you want")
-        return self
+        return stay(self, fn)
 
     def _save_to_state_dict(self, *_):
-        raise TypeError("an int8 model is made when it is loaded and cannot be saved: save the one it was made from")
+        raise TypeError(_NOT_SAVED)
+
+    def __getstate__(self):
+        raise TypeError(_NOT_SAVED)
+
+    def __deepcopy__(self, memo):
+        # The weight in oneDNN's order has no storage that could be copied. It never changes, so copies share it.
+        memo[id(self.weight)] = self.weight
+        memo[id(self)] = copied = self.__new__(type(self))
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
+
+
+_NOT_SAVED = (
+    "an int8 model is made when it is loaded and cannot be saved, nor sent to another process: save the one it was "
+    "made from, and load that there"
+)
+
+
+def stay(module: torch.nn.Module, fn, recurse=True) -> torch.nn.Module:
+    """Stand in for `module._apply`: return the module as it is, or raise TypeError if `fn` is to change its dtype or
+    device."""
+    probe = fn(torch.empty(0, dtype=torch.float32, device="cpu"))
+    if probe.device.type != "cpu" or probe.dtype != torch.float32:
+        raise TypeError("an int8 model stays on the CPU: load it again with the device and dtype that you want")
+    return module
 
 
 def _int8_linear(rows: Tensor, weight: Tensor, scale: Tensor, zeros: Tensor, bias: Tensor | None) -> Tensor:
@@ -116,38 +140,29 @@ def _int8_linear(rows: Tensor, weight: Tensor, scale: Tensor, zeros: Tensor, bia
 
 
 def levels_for(outputs: int, inputs: int) -> int | None:
-    """Return the `levels` of a `Grid` for weights of this shape on this processor. Measured once per process."""
-    return measure_once(("int8", outputs, inputs), lambda: _measured_levels(outputs, inputs))
-
-
-def _measured_levels(outputs: int, inputs: int) -> int | None:
-    """Return the most levels with which int8 products are exact, or None if they are not, or no faster than float32.
+    """Return the `levels` of a `Grid` for weights of this shape on this processor: the most with which int8 products
+    are exact, or None if they are not. Tried once per process.
 
     Processors without VNNI add pairs of products in 16 bits. With 8 bits on one side and 7 on the other these sums
     saturate without an error; with 7 bits on both they fit (Intel's VPMADDUBSW).
     """
+    return find_once(("int8", outputs, inputs), lambda: _exact_levels(outputs, inputs))
+
+
+def _exact_levels(outputs: int, inputs: int) -> int | None:
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randint(-127, 128, (outputs, inputs), generator=generator).to(torch.int8)
+    weight = torch.randint(-127, 128, (outputs, inputs), generator=generator, device="cpu").to(torch.int8)
     weight[: outputs // 2] = 127
-    rows = torch.randint(127, 256, (256, inputs), generator=generator).to(torch.uint8)
-    scale, zeros, bias = torch.ones(outputs), torch.zeros(outputs, dtype=torch.int32), torch.zeros(outputs)
+    rows = torch.randint(127, 256, (256, inputs), generator=generator, device="cpu").to(torch.uint8)
     try:
         ready = torch.ops.onednn.qlinear_prepack(weight, None)
-        levels = next((n for n in (255, 127) if _is_exact(rows // (256 // (n + 1)), ready, weight)), None)
+        return next((n for n in (255, 127) if _is_exact(rows // (256 // (n + 1)), ready, weight)), None)
     except (AttributeError, RuntimeError):  # a build of torch without oneDNN, or a processor it does not know
         return None
-    if levels is None:
-        return None
-    grid = Grid(torch.zeros(inputs), torch.ones(inputs), levels, one_sided=False)
-    floats, wide = torch.ones(256, inputs), weight.float()
-    narrow, full = seconds(
-        lambda: _int8_linear(grid(floats).values, ready, scale, zeros, bias), lambda: linear(floats, wide, bias)
-    )
-    return levels if narrow < 0.95 * full else None
 
 
 def _is_exact(rows: Tensor, ready: Tensor, weight: Tensor) -> bool:
-    ones, zeros = torch.ones(len(weight)), torch.zeros(len(weight), dtype=torch.int32)
     exact = rows[:8].double() @ weight.double().T
-    result = _int8_linear(rows, ready, ones, zeros, None)[:8]
+    ones = torch.ones_like(exact[0], dtype=torch.float32)
+    result = _int8_linear(rows, ready, ones, torch.zeros_like(ones, dtype=torch.int32), None)[:8]
     return bool(((result - exact).abs() <= exact.abs() * 1e-7).all())  # float32 itself rounds by 6e-8

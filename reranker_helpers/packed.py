@@ -18,37 +18,42 @@ the width of the model (1024 in bge-reranker-v2-m3).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+import copy
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
-from .products import linear, measure_once, seconds
+from .int8 import QuantisedLinear
+from .products import linear, multiplies_in
 from .tokenising import Window
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, XLMRobertaForSequenceClassification
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase, XLMRobertaForSequenceClassification
 
 SLICE = 512
 """Tokens that the feed-forward part takes at a time. Its inner vectors are four times as wide as the others, so 8192
 tokens at once would take 270 MB; a small buffer stays in the processor's cache."""
 
-_PLAIN_MODULES = (
-    "torch.nn.modules.",
-    "transformers.models.xlm_roberta.",
-    "transformers.activations",
-    f"{__package__}.int8",
-)
+
+class _Plan(NamedTuple):
+    """What a part of a model computes, but for its weights."""
+
+    kind: type
+    facts: dict[str, Any]
+    parts: list[tuple[str, _Plan]]
+
+
+_plans: dict[tuple, _Plan] = {}
 
 
 def can_pack(model: object, device: torch.device) -> bool:
-    """Whether `run_packed` computes what `model` would, that is, whether it is an unchanged XLM-RoBERTa on a CPU.
+    """Whether `run_packed` computes what `model` would: it is on a CPU, and what Transformers makes of its config.
 
-    It is not with hooks, adapters, autocast, compiled parts, another attention function, or parts that another library
-    has quantised.
+    It is not with hooks, adapters, autocast, compiled parts, another attention function, parts that another library has
+    quantised, or parts or attributes that were replaced after the model was made.
     """
     if type(model) is not transformers.XLMRobertaForSequenceClassification or device.type != "cpu":
         return False
@@ -59,16 +64,51 @@ def can_pack(model: object, device: torch.device) -> bool:
         and config._attn_implementation in ("sdpa", "eager")
         and getattr(config, "position_embedding_type", "absolute") == "absolute"
         and not torch.is_autocast_enabled("cpu")
+        and not torch.nn.modules.module._has_any_global_hook()
         and all(type(weight) is torch.nn.Parameter and weight.device.type == "cpu" for weight in weights)
         and {weight.dtype for weight in weights} in ({torch.float32}, {torch.bfloat16}, {torch.float16})
-        and all(
-            type(module).__module__.startswith(_PLAIN_MODULES)
-            and not module._forward_hooks
-            and not module._forward_pre_hooks
-            and not module._compiled_call_impl
-            and "forward" not in vars(module)
-            for module in model.modules()
-        )
+        and _is_made_by(_plan_of(config), model)
+    )
+
+
+def _plan_of(config: PretrainedConfig) -> _Plan:
+    """Return the plan of a model with one layer that Transformers makes from this config, without weights."""
+    key = tuple((name, value) for name, value in vars(config).items() if isinstance(value, str | int | float | None))
+    if key not in _plans:
+        config = copy.deepcopy(config)
+        config.num_hidden_layers = 1
+        with torch.device("meta"):
+            _plans[key] = _plan(transformers.XLMRobertaForSequenceClassification(config))
+    return _plans[key]
+
+
+def _plan(part: torch.nn.Module) -> _Plan:
+    return _Plan(type(part), _facts(part), [(name, _plan(child)) for name, child in part.named_children()])
+
+
+def _facts(part: torch.nn.Module) -> dict[str, Any]:
+    """Return the attributes that say what a part computes, such as a layer norm's `eps`, and which weights it has."""
+    if isinstance(part, transformers.PreTrainedModel):  # its own attributes are its name and the like
+        return {}
+    facts = {name: weight is None for name, weight in part._parameters.items()}
+    for name, value in vars(part).items():
+        if name[0] != "_" and name not in ("training", "layer_idx") and isinstance(value, str | int | float | tuple):
+            facts[name] = value
+    return facts
+
+
+def _is_made_by(plan: _Plan, part: torch.nn.Module) -> bool:
+    if part._forward_hooks or part._forward_pre_hooks or part._compiled_call_impl or "forward" in vars(part):
+        return False
+    if plan.kind is torch.nn.Linear and type(part) is QuantisedLinear:
+        return True
+    if type(part) is not plan.kind or _facts(part) != plan.facts:
+        return False
+    children = list(part.named_children())
+    if plan.kind is torch.nn.ModuleList:  # the layers, each like the plan's one
+        return all(_is_made_by(plan.parts[0][1], child) for _, child in children)
+    return [name for name, _ in children] == [name for name, _ in plan.parts] and all(
+        _is_made_by(child_plan, child) for (_, child_plan), (_, child) in zip(plan.parts, children, strict=True)
     )
 
 
@@ -87,30 +127,41 @@ def run_packed(
         device: the CPU.
 
     Returns:
-        (windows, labels), in the order of the windows, in the dtype of `_arithmetic`.
+        (windows, labels), in the order of the windows, in float32. The head computes in float32 whatever the model's
+        dtype, which takes no measurable time: in bfloat16 half of the logits of a long list tie.
     """
+    with torch.inference_mode():
+        return packed_logits(windows, model, tokenizer)
+
+
+def packed_logits(
+    windows: list[Window], model: XLMRobertaForSequenceClassification, tokenizer: PreTrainedTokenizerBase
+) -> Tensor:
+    """Compute what `run_packed` returns, in whatever mode torch is in."""
     lengths = [len(window.token_ids) for window in windows]
-    firsts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
-    dtype = _arithmetic(model)
+    firsts = torch.tensor([0, *lengths[:-1]], device="cpu").cumsum(0)
+    dtype = model.dtype if model.dtype == torch.float32 or multiplies_in(model.dtype) else torch.float32
+    # Where the processor has no instructions for the dtype of the weights, each layer's are converted to float32 when
+    # they are used, which keeps the memory at half and rounds nothing but the weights.
     hidden = _embed(windows, model, "token_type_ids" in tokenizer.model_input_names).to(dtype)
     *layers, last = model.roberta.encoder.layer
     for layer in layers:
         hidden = _feed_forward(layer, _attend(layer, hidden, hidden, lengths, lengths))
     read = hidden[firsts]
     read = _feed_forward(last, _attend(last, read, hidden, [1] * len(lengths), lengths))
-    return _linear(_linear(read, model.classifier.dense).tanh(), model.classifier.out_proj)
+    return _linear(_linear(read.float(), model.classifier.dense).tanh(), model.classifier.out_proj)
 
 
 def _embed(windows: list[Window], model: XLMRobertaForSequenceClassification, takes_types: bool) -> Tensor:
     """Return the embeddings of all texts, end to end: (tokens, hidden)."""
-    ids = [torch.tensor(window.token_ids) for window in windows]
+    ids = [torch.tensor(window.token_ids, device="cpu") for window in windows]
     types = [window.type_ids if takes_types else [0] * len(window.token_ids) for window in windows]
     # As `create_position_ids_from_input_ids` in Transformers: count from padding_idx + 1, and skip pad tokens.
     pad = model.roberta.embeddings.padding_idx
     positions = [(text != pad).cumsum(0) * (text != pad) + pad for text in ids]
     return model.roberta.embeddings(
         input_ids=torch.cat(ids)[None],
-        token_type_ids=torch.tensor([type_id for text in types for type_id in text])[None],
+        token_type_ids=torch.tensor([type_id for text in types for type_id in text], device="cpu")[None],
         position_ids=torch.cat(positions)[None],
     )[0]
 
@@ -182,25 +233,3 @@ def _linears(rows: Tensor, *parts: torch.nn.Module) -> list[Tensor]:
                 shared[part.grid] = part.grid(rows)
             results.append(part.product(shared[part.grid]))
     return results
-
-
-def _arithmetic(model: XLMRobertaForSequenceClassification) -> torch.dtype:
-    """Return the dtype to compute in: that of the weights, unless float32 is measured to be faster here.
-
-    It is on processors without instructions for bfloat16 or float16. There each layer's weights are converted to
-    float32 when they are used, which keeps the memory at half and rounds nothing but the weights.
-    """
-    if model.dtype == torch.float32:
-        return torch.float32
-    return measure_once((model.dtype, model.config.intermediate_size), lambda: _faster_type(model))
-
-
-def _faster_type(model: XLMRobertaForSequenceClassification) -> torch.dtype:
-    part = model.roberta.encoder.layer[0].intermediate.dense
-
-    def product(dtype: torch.dtype) -> Callable[[], object]:
-        rows = torch.ones(128, part.in_features, dtype=dtype)
-        return lambda: F.linear(rows, part.weight.to(dtype), part.bias.to(dtype))
-
-    own, wide = seconds(product(model.dtype), product(torch.float32))
-    return model.dtype if own < wide else torch.float32

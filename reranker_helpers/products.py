@@ -1,10 +1,13 @@
-"""Matrix products on a CPU: find out, by trying them once, which way to compute one is exact and fastest here."""
+"""Matrix products on a CPU: find out, once per process, which way to compute one is exact and fastest here.
+
+What changes a score by more than float32's rounding is never left to a clock: whether a processor has instructions for
+a dtype is looked up, and whether a product is exact is tried.
+"""
 
 from __future__ import annotations
 
 import math
-import os
-import threading
+import platform
 import time
 from collections.abc import Callable
 
@@ -12,18 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Answers by question. Measured under a lock, so that threads do not disturb each other's timings.
-_measured: dict[tuple, object] = {}
-_measuring = threading.RLock()
+# Answers by question. Without a lock, because a thread that waits for one in the middle of a forward pass would keep
+# torch's inference mode on, and greenlets share their thread's modes.
+_found: dict[tuple, object] = {}
 
-
-def _renew_lock() -> None:
-    global _measuring
-    _measuring = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)  # as in tokenising.py
+# The processor's time that this thread took, on which other processes have little influence. Windows counts it in steps
+# of 16 ms, too long for one product.
+_clock = time.thread_time if time.get_clock_info("thread_time").resolution < 1e-4 else time.perf_counter
 
 
 def linear(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -34,6 +32,24 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return _route(weight, bias)(rows, weight, bias)
 
 
+def multiplies_in(dtype: torch.dtype) -> bool:
+    """Whether this processor has instructions that multiply matrices in bfloat16 or float16; else they are emulated,
+    which is slower than float32. Where torch is too old to tell, the answer is no."""
+
+    def has(*names: str) -> bool:
+        return any(getattr(torch.cpu, name, bool)() for name in names)
+
+    try:
+        if platform.machine().lower() in ("arm64", "aarch64"):
+            name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[dtype]
+            return getattr(torch.ops.mkldnn, name)()
+        if dtype == torch.bfloat16:
+            return has("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return has("_is_amx_fp16_supported") or torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    except (AttributeError, RuntimeError):  # a build of torch without oneDNN
+        return False
+
+
 def _onednn_linear(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The op that code from torch.compile calls; it is not public. Unlike `torch.set_float32_matmul_precision` it sets
     nothing global, and by default it does not round to bfloat16: torch sets oneDNN's `fpmath_mode` only on request."""
@@ -41,19 +57,21 @@ def _onednn_linear(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _route(weight: Tensor, bias: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Return the faster of torch's own product (MKL in float32) and oneDNN's, measured once for each shape.
+    """Return torch's own product (MKL in float32), or oneDNN's for shapes where that is clearly faster.
 
-    Against oneDNN, MKL was half as fast on an AMD processor with AVX-512, and 10 to 20 % faster on one with AVX2 only.
+    Against oneDNN, MKL was half as fast on an AMD processor with AVX-512, 10 to 20 % faster on one with AVX2 only, and
+    about equal on Intel's.
     """
     if weight.dtype != torch.float32:
         return F.linear
-    return measure_once(("route", weight.shape), lambda: _faster_route(weight, bias))
+    return find_once(("route", weight.shape), lambda: _faster_route(weight, bias))
 
 
 def _faster_route(weight: Tensor, bias: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     if not torch.backends.mkldnn.enabled:
         return F.linear
-    rows = torch.randn(512, weight.shape[1], generator=torch.Generator().manual_seed(0))  # as many as a batch has
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(512, weight.shape[1], generator=generator, dtype=torch.float32, device="cpu")  # as in a batch
     try:
         exact = F.linear(rows[:16].double(), weight.double(), bias.double())
         error = (_onednn_linear(rows, weight, bias)[:16] - exact).abs().max() / exact.abs().max()
@@ -64,27 +82,26 @@ def _faster_route(weight: Tensor, bias: Tensor) -> Callable[[Tensor, Tensor, Ten
     if not error < 2e-5:
         return F.linear
     ours, torchs = seconds(lambda: _onednn_linear(rows, weight, bias), lambda: F.linear(rows, weight, bias))
-    return _onednn_linear if ours < 0.95 * torchs else F.linear
+    return _onednn_linear if ours < 0.8 * torchs else F.linear
 
 
-def measure_once(question: tuple, measure: Callable[[], object]):
-    """Return `measure()`, called once per process for each question, number of threads and setting of torch."""
+def find_once(question: tuple, find: Callable[[], object]):
+    """Return `find()`, called once per process for each question and setting of torch."""
     onednn = torch.backends.mkldnn
     precision = onednn.matmul.fp32_precision if hasattr(onednn, "matmul") else torch.get_float32_matmul_precision()
-    question = (*question, torch.get_num_threads(), onednn.enabled, precision)
-    with _measuring:
-        if question not in _measured:
-            _measured[question] = measure()
-        return _measured[question]
+    question = (*question, onednn.enabled, precision)
+    if question not in _found:
+        _found.setdefault(question, find())  # of threads that find it at the same time, the first
+    return _found[question]
 
 
 def seconds(*works: Callable[[], object]) -> list[float]:
-    """Return the shortest of four runs of each, in seconds. They run in turn, so that other load hits all alike; the
-    shortest leaves out the first run, which is slower."""
+    """Return the shortest of six runs of each, in seconds of this thread's processor time. They run in turn, so that
+    other load hits all alike; the shortest leaves out the first run, which is slower."""
     shortest = [math.inf] * len(works)
-    for _ in range(4):
+    for _ in range(6):
         for i, work in enumerate(works):
-            begin = time.perf_counter()
+            begin = _clock()
             work()
-            shortest[i] = min(shortest[i], time.perf_counter() - begin)
+            shortest[i] = min(shortest[i], _clock() - begin)
     return shortest

@@ -9,24 +9,27 @@ SmoothQuant, arXiv:2211.10438):
                        rounded, token by token      rounded by output   exact
 
 Each layer's error is measured on the same texts, and a layer that errs too much stays in float32. Sums are exact in
-int32, so a score does not depend on the batch.
+int32, so a score does not depend on the batch. What the texts decide is computed in float64 and rounded: in float32 the
+last bits depend on the number of threads, and a weight halfway between two steps could be rounded either way.
 """
 
 from __future__ import annotations
 
 import logging
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
 from .checks import check_model
-from .int8 import Grid, QuantisedLinear, levels_for
-from .packed import can_pack, run_packed
-from .products import linear
+from .int8 import Grid, QuantisedLinear, levels_for, stay
+from .packed import can_pack, packed_logits
+from .products import multiplies_in
 from .tokenising import tokenise
 
 if TYPE_CHECKING:
@@ -74,10 +77,13 @@ def quantise(
             bge-reranker-v2-m3) stay in that file, and only the rows of tokens that occur are read from it: the file
             must not change while the model is in use. Default: they are kept in memory.
 
+    The parameters no longer require gradients. After Ctrl-C or an error the model is as it was, or raises RuntimeError
+    when it is used, if weights are lost already.
+
     Raises:
         TypeError: the tokenizer is not a fast one.
-        ValueError: the model has another architecture or device, was changed, or is not in evaluation mode; or its
-            config has no pad token, or not the tokenizer's.
+        ValueError: the model has another architecture or device, was changed, is quantised already, or is not in
+            evaluation mode; or its config has no pad token, or not the tokenizer's.
 
     Example, with the `reranker` that `load_reranker` returned:
 
@@ -89,10 +95,34 @@ def quantise(
     >>> assert abs(panda8 - panda) < 0.25 * (panda - bread)
     """
     device = torch.device("cpu")
+    if _is_quantised(model):
+        raise ValueError("the model is in int8 already: quantise takes one in float32")
     if not can_pack(model, device) or model.dtype != torch.float32:
         raise ValueError(f"int8 takes an unchanged XLM-RoBERTa in float32 on the CPU, not this {type(model).__name__}")
     check_model(model, tokenizer, device)
     windows = tokenise(TEXTS, tokenizer, 40, None)
+    try:
+        _postpone(model)
+        with torch.no_grad():
+            before = packed_logits(windows, model, tokenizer)  # in float32; each layer is replaced after its turn
+            _leave_the_file(model, folder)
+            moved = (packed_logits(windows, model, tokenizer) - before).abs().max().item()
+    except BaseException:
+        _give_up(model)
+        raise
+    model.requires_grad_(False)
+    for module in model.modules():
+        if _is_quantised(module) and not isinstance(module, QuantisedLinear):
+            module._apply = partial(stay, module)  # else half the model would have changed before a layer refuses
+    _report(model, before, moved)
+
+
+def _is_quantised(model: torch.nn.Module) -> bool:
+    return any(isinstance(part, QuantisedLinear) for part in model.modules())
+
+
+def _postpone(model: XLMRobertaForSequenceClassification) -> None:
+    """Have each layer that is to be quantised wait for the rows that it will read."""
     last = model.roberta.encoder.layer[-1]
     for layer in model.roberta.encoder.layer:
         own, output = layer.attention.self, layer.attention.output
@@ -104,26 +134,40 @@ def quantise(
             groups = [[(own, "query"), (own, "key"), (own, "value")]]
             groups += [[(output, "dense")], [(layer.intermediate, "dense")], [(layer.output, "dense")]]
         for group in groups:
-            for parent, name in list(group):
+            for parent, name in group:
                 # GELU's outputs are hardly ever below zero, so the layer after it gets one-sided inputs.
                 setattr(parent, name, _Pending(getattr(parent, name), group, parent is layer.output))
-    with torch.no_grad():
-        exact = run_packed(windows, model, tokenizer, device)  # float32; each layer is replaced after its turn
-        _leave_the_file(model, folder)
-        moved = (run_packed(windows, model, tokenizer, device) - exact).abs().max().item()
+
+
+def _give_up(model: XLMRobertaForSequenceClassification) -> None:
+    """Make the model what it was before `quantise`, or unusable if a layer's weights are gone."""
+    if _is_quantised(model):
+        model.roberta.encoder = _Interrupted()
+        return
+    for parent in list(model.modules()):
+        for name, part in list(parent.named_children()):
+            if isinstance(part, _Pending):
+                setattr(parent, name, part.source)
+
+
+def _report(model: XLMRobertaForSequenceClassification, before: Tensor, moved: float) -> None:
     parts = dict(model.roberta.encoder.named_modules())
     kept = [name for name, part in parts.items() if type(part) is torch.nn.Linear]
-    levels = {part.levels for part in parts.values() if isinstance(part, Grid)}
     logger.info(
-        "int8: %s; in float32 stay embeddings, layer norms, the head, %s; the logits of %d built-in texts, %.2f to "
-        "%.2f, moved by up to %.2f",
-        "products in int8" if levels - {None} else "products in float32, which is faster or more exact here",
+        "int8: in float32 stay embeddings, layer norms, the head, %s; the logits of %d built-in texts, %.2f to %.2f, "
+        "moved by up to %.2f",
         ", ".join(kept),
-        len(exact),
-        exact.min(),
-        exact.max(),
+        len(before),
+        before.min(),
+        before.max(),
         moved,
     )
+    if None in {part.levels for part in parts.values() if isinstance(part, Grid)}:
+        logger.warning(
+            "int8 products are not to be had, or not exact, with this processor and build of torch, so int8 only saves "
+            "memory: dtype='%s' is faster",
+            "bfloat16" if multiplies_in(torch.bfloat16) else "float32",
+        )
 
 
 def refuse_int8(config: PretrainedConfig, device: torch.device) -> str | None:
@@ -156,29 +200,46 @@ def _leave_the_file(model: XLMRobertaForSequenceClassification, folder: str | No
 
 class _Pending(torch.nn.Module):
     """Takes a linear layer's place until the first rows arrive. With them it quantises itself and the layers that read
-    the same rows, and then computes its own product in float32 one last time."""
+    the same rows, and then returns its product in float32 one last time."""
 
-    def __init__(self, source: torch.nn.Linear, rest: list[tuple[torch.nn.Module, str]], one_sided: bool):
+    def __init__(self, source: torch.nn.Linear, group: list[tuple[torch.nn.Module, str]], one_sided: bool):
         super().__init__()
-        self.source, self.rest, self.one_sided = source, rest, one_sided
+        self.source, self.group, self.one_sided = source, group, one_sided
+        self.result: Tensor | None = None
 
     def grid(self, rows: Tensor) -> Tensor:
         return rows
 
     def product(self, rows: Tensor) -> Tensor:
-        if self.rest:
-            sources = [getattr(parent, name).source for parent, name in self.rest]
-            for (parent, name), part in zip(self.rest, _quantised(sources, rows, self.one_sided), strict=True):
+        if self.result is None:
+            pending = [getattr(parent, name) for parent, name in self.group]
+            sources = [part.source for part in pending]
+            for part in pending:
+                part.result = _exact(part.source, rows)
+            quantised = _quantised(sources, rows, [part.result for part in pending], self.one_sided)
+            for (parent, name), part in zip(self.group, quantised, strict=True):
                 setattr(parent, name, part)
-            self.rest.clear()
-        return linear(rows, self.source.weight, self.source.bias)
+        return self.result
 
 
-def _quantised(sources: list[torch.nn.Linear], rows: Tensor, one_sided: bool) -> list[torch.nn.Module]:
-    """Return each layer in int8, or itself where that errs too much. `rows` (tokens, inputs) are what they all read."""
+class _Interrupted(torch.nn.Module):
+    """What is left of an encoder when quantising ends early."""
+
+    def forward(self, *_, **__):
+        raise RuntimeError("quantising this model was interrupted, and its weights are lost: load it again")
+
+
+def _exact(source: torch.nn.Linear, rows: Tensor) -> Tensor:
+    return F.linear(rows.double(), source.weight.double(), source.bias.double()).float()
+
+
+def _quantised(
+    sources: list[torch.nn.Linear], rows: Tensor, exact: list[Tensor], one_sided: bool
+) -> list[torch.nn.Module]:
+    """Return each layer in int8, or itself where that errs too much. `rows` (tokens, inputs) are what they all read,
+    and `exact` what they make of them."""
     levels = levels_for(*sources[0].weight.shape)
-    shift = rows.mean(0)
-    exact = [linear(rows, source.weight, source.bias) for source in sources]
+    shift = rows.double().mean(0)
     best, least = None, None
     for stretch in (torch.ones_like(shift), _stretch(rows - shift, sources)):
         grid = Grid(shift, stretch, levels, one_sided)
@@ -191,7 +252,8 @@ def _quantised(sources: list[torch.nn.Linear], rows: Tensor, one_sided: bool) ->
 
 
 def _stretch(rows: Tensor, sources: list[torch.nn.Linear]) -> Tensor:
-    """Return a factor for each input, (inputs,), that makes its values and its weights equally hard to round.
+    """Return a factor for each input, (inputs,), that makes its values and its weights equally hard to round: in
+    float64, as `rows`.
 
     SmoothQuant with alpha = 0.5 (arXiv:2211.10438), except for what it takes as the size of an input.
     """
@@ -202,11 +264,12 @@ def _stretch(rows: Tensor, sources: list[torch.nn.Linear]) -> Tensor:
         sizes = ((sums / sum(map(len, blocks))).sqrt() * largest).sqrt()
         return sizes.clamp_min((sizes.mean() / 100).item() or 1e-30)
 
-    factor = (size(rows) / size(*(source.weight for source in sources))).sqrt()
+    factor = (size(rows) / size(*(source.weight.double() for source in sources))).sqrt()
     return factor / factor.log().mean().exp()
 
 
 def _error(rows: Tensor, exact: Tensor) -> float:
     """Return the norm of the error as a share of the norm of `exact` around its mean over the tokens: what all tokens
     have in common tells none of them apart. Both are (tokens, outputs)."""
+    exact = exact.double()
     return ((rows - exact).norm() / (exact - exact.mean(0)).norm().clamp_min(1e-30)).item()
