@@ -236,7 +236,7 @@ def _rank(line: Line, scored: list[ScoredPair]) -> Iterator[Row]:
         yield {"id": line.id, "index": None, "logit": None, "relevance_score": None, "rank": None, "truncated": None}
         return
     logits = [max(passage.logit for passage in pair.passages) for pair in scored]
-    probabilities = torch.tensor(logits, dtype=torch.float32).sigmoid().tolist()
+    probabilities = torch.tensor(logits, dtype=torch.float32, device="cpu").sigmoid().tolist()
     ranks: Counter[str] = Counter()
     for index in sorted(range(len(logits)), key=lambda index: (-logits[index], index)):
         query, document = line.pairs[index]

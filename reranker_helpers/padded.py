@@ -110,7 +110,7 @@ def _run(
     longest = max(lengths)
 
     def padded(rows: Iterable[list[int]], filler: int | None) -> torch.Tensor:
-        tensor = torch.tensor([row + [filler] * (longest - len(row)) for row in rows])
+        tensor = torch.tensor([row + [filler] * (longest - len(row)) for row in rows], device="cpu")
         # The copy from pinned memory to a GPU is asynchronous: Python does not wait for it.
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
@@ -122,7 +122,10 @@ def _run(
         inputs["token_type_ids"] = padded((window.type_ids for window in windows), tokenizer.pad_token_type_id)
     if device.type == "cuda" and _takes_ready_masks(model):
         inputs["attention_mask"] = _ready_mask(inputs["attention_mask"], lengths)
-    output = model(**inputs)
+    with (
+        torch.inference_mode()
+    ):  # for this call only: greenlets, which share their thread's modes, may run before and after
+        output = model(**inputs)
     return output.logits if hasattr(output, "logits") else output[0]  # a tuple if config.return_dict is False
 
 

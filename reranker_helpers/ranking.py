@@ -38,7 +38,7 @@ class RankedDocument(Generic[Document]):
     @property
     def probability(self) -> float:
         """The logit's sigmoid, from 0 to 1. The order is the same; what a value means must be measured on your data."""
-        return torch.tensor(self.score, dtype=torch.float32).sigmoid().item()
+        return torch.tensor(self.score, dtype=torch.float32, device="cpu").sigmoid().item()
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.document, self.score))
@@ -56,6 +56,7 @@ def rerank(
     max_length: int = MAX_LENGTH,
     stride: int | None = None,
     batch_tokens: int | None = None,
+    keep_special_tokens: bool = False,
     show_progress: bool = False,
 ) -> list[RankedDocument[Document]]:
     """Sort documents by their relevance to a query, best first.
@@ -76,6 +77,9 @@ def rerank(
             `stride` tokens of the document. The best window's score counts: MaxP (Dai and Callan, SIGIR 2019,
             arXiv:1905.09217).
         batch_tokens: budget of a batch in tokens, padding included; a longer pair goes alone. Default: `BATCH_TOKENS`.
+        keep_special_tokens: whether special tokens that a text spells out, such as `</s>`, keep their meaning. Only for
+            models whose prompt, in the texts that you pass, holds some (Qwen3's `<|im_start|>`), and documents that you
+            trust: whoever writes `</s>` into one could end it there. Default: each counts as the unknown token.
         show_progress: show a progress bar that counts documents.
 
     Returns:
@@ -107,6 +111,7 @@ def rerank(
         max_length=max_length,
         stride=stride,
         batch_tokens=batch_tokens,
+        keep_special_tokens=keep_special_tokens,
         show_progress=show_progress,
         name="documents",
     )

@@ -67,6 +67,7 @@ def score(
     *,
     max_length: int = MAX_LENGTH,
     batch_tokens: int | None = None,
+    keep_special_tokens: bool = False,
     show_progress: bool = False,
 ) -> list[float]:
     """Score (query, document) pairs, for one query or many.
@@ -81,6 +82,9 @@ def score(
             out. `rerank` reports that, and reads the whole document with `stride`.
         batch_tokens: budget of a batch in tokens, padding included; a longer pair goes alone. Default: `BATCH_TOKENS`.
             It affects speed and memory, and scores only by rounding errors (about 1e-6 in float32).
+        keep_special_tokens: whether special tokens that a text spells out, such as `</s>`, keep their meaning. Only for
+            models whose prompt, in the texts that you pass, holds some (Qwen3's `<|im_start|>`), and documents that you
+            trust: whoever writes `</s>` into one could end it there. Default: each counts as the unknown token.
         show_progress: show a progress bar that counts documents.
 
     Returns:
@@ -103,6 +107,7 @@ def score(
         device,
         max_length=max_length,
         batch_tokens=batch_tokens,
+        keep_special_tokens=keep_special_tokens,
         show_progress=show_progress,
     )
     return [pair.passages[0].logit for pair in scored]
@@ -117,6 +122,7 @@ def score_pairs(
     max_length: int = MAX_LENGTH,
     stride: int | None = None,
     batch_tokens: int | None = None,
+    keep_special_tokens: bool = False,
     show_progress: bool = False,
     name: str = "pairs",
 ) -> list[ScoredPair]:
@@ -142,7 +148,7 @@ def score_pairs(
     # chunks and batches, and with them rounding errors, do not depend on the order of the input.
     unique = sorted(copies, key=lambda pair: (-len(pair[0]) - len(pair[1]), pair))
     with (
-        closing(tokenise_ahead(unique, tokenizer, max_length, stride)) as chunks,
+        closing(tokenise_ahead(unique, tokenizer, max_length, stride, keep_special_tokens)) as chunks,
         tqdm(total=len(pairs), unit="document", disable=not show_progress) as bar,
     ):
         results = _run(
@@ -185,34 +191,33 @@ def _run(
         done: called with a pair when its last window has been given to the model.
     """
     inputs, logits = [], []
-    with torch.inference_mode():
-        for chunk in chunks:
-            # Longest first, so that batches pad little and memory peaks early. Equal lengths are sorted by tokens, for
-            # the reason that `score_pairs` gives.
-            queue = sorted(chunk, key=lambda window: (-len(window.token_ids), window.token_ids))
-            waiting = Counter(window.pair for window in queue)
-            begin = 0
-            while begin < len(queue):
-                longest = len(queue[begin].token_ids)
-                batch = queue[begin : begin + max(1, batch_tokens // longest)]
-                try:
-                    logits.append(_one_logit_each(forward(batch), len(batch)))
-                except torch.cuda.OutOfMemoryError:
-                    if len(batch) == 1:
-                        raise
-                    batch_tokens = len(batch) * longest // 2
-                    torch.cuda.empty_cache()
-                    logger.warning("CUDA is out of memory: going on with batch_tokens=%d", batch_tokens)
-                    continue
-                begin += len(batch)
-                for window in batch:
-                    # Not the whole window: the tokens of 100,000 documents would take a gigabyte.
-                    inputs.append(_Input(*window[:4], len(window.token_ids)))
-                    waiting[window.pair] -= 1
-                    if not waiting[window.pair]:
-                        done(window.pair)
-        # Only now do results leave the device: a copy after each batch would make the GPU wait for Python.
-        return zip(inputs, torch.cat(logits).tolist(), strict=True)
+    for chunk in chunks:
+        # Longest first, so that batches pad little and memory peaks early. Equal lengths are sorted by tokens, for
+        # the reason that `score_pairs` gives.
+        queue = sorted(chunk, key=lambda window: (-len(window.token_ids), window.token_ids))
+        waiting = Counter(window.pair for window in queue)
+        begin = 0
+        while begin < len(queue):
+            longest = len(queue[begin].token_ids)
+            batch = queue[begin : begin + max(1, batch_tokens // longest)]
+            try:
+                logits.append(_one_logit_each(forward(batch), len(batch)))
+            except torch.cuda.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+                batch_tokens = len(batch) * longest // 2
+                torch.cuda.empty_cache()
+                logger.warning("CUDA is out of memory: going on with batch_tokens=%d", batch_tokens)
+                continue
+            begin += len(batch)
+            for window in batch:
+                # Not the whole window: the tokens of 100,000 documents would take a gigabyte.
+                inputs.append(_Input(*window[:4], len(window.token_ids)))
+                waiting[window.pair] -= 1
+                if not waiting[window.pair]:
+                    done(window.pair)
+    # Only now do results leave the device: a copy after each batch would make the GPU wait for Python.
+    return zip(inputs, torch.cat(logits).tolist(), strict=True)
 
 
 def _one_logit_each(logits: torch.Tensor, count: int) -> torch.Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -20,6 +22,10 @@ CHUNK_CHARACTERS = 400_000
 
 Pair = tuple[str, str]
 """Query and document."""
+
+Result = TypeVar("Result")
+
+logger = logging.getLogger(__name__)
 
 # A fast tokenizer stores truncation settings, so threads that use different ones would break each other's calls.
 _lock = threading.Lock()
@@ -61,20 +67,43 @@ def count_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[i
 
 
 def tokenise_ahead(
-    pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, max_length: int, stride: int | None
+    pairs: list[Pair],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    stride: int | None,
+    keep_special_tokens: bool = False,
 ) -> Iterator[list[Window]]:
-    """Yield the windows of the pairs, chunk by chunk. A thread tokenises the next chunk, so that no GPU has to wait."""
-    thread = ThreadPoolExecutor(1)
+    """Yield the windows of the pairs, chunk by chunk. A thread tokenises the next chunk, so that no GPU has to wait.
+    The arguments are those of `tokenise`."""
+    options = (tokenizer, max_length, stride, keep_special_tokens)
+    first, *others = _chunks(pairs)
+    windows = tokenise(first, *options)
+    for chunk in others:
+        ahead = _in_a_thread(functools.partial(tokenise, chunk, *options))
+        try:
+            yield windows
+        finally:
+            ahead.exception()  # wait: after an error or Ctrl-C too, no thread is left behind
+        windows = ahead.result()
+    yield windows
+
+
+def _in_a_thread(work: Callable[[], Result]) -> Future[Result]:
+    """Call `work()` in a thread of its own. A pool would be closed as soon as the main thread ends, when others may
+    still be reranking."""
+    future: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
     try:
-        ahead = None
-        for chunk in _chunks(pairs):
-            behind, ahead = ahead, thread.submit(tokenise, chunk, tokenizer, max_length, stride)
-            if behind is not None:
-                yield behind.result()
-        if ahead is not None:
-            yield ahead.result()
-    finally:
-        thread.shutdown(cancel_futures=True)  # after an error or Ctrl-C, start no more chunks
+        threading.Thread(target=run).start()
+    except RuntimeError:  # at the interpreter's end no thread starts any more
+        run()
+    return future
 
 
 def _chunks(texts: list) -> Iterator[list]:
@@ -92,7 +121,11 @@ def _chunks(texts: list) -> Iterator[list]:
 
 
 def tokenise(
-    pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, max_length: int, stride: int | None
+    pairs: list[Pair],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    stride: int | None,
+    keep_special_tokens: bool = False,
 ) -> list[Window]:
     """Return the windows of all pairs, in order: one per pair, or with `stride` as many as hold the whole document.
 
@@ -101,6 +134,8 @@ def tokenise(
         tokenizer: a fast one.
         max_length: limit of a window in tokens; more than the query's tokens, the special ones and `stride` together.
         stride: tokens of the document that neighbouring windows share. None cuts the document off.
+        keep_special_tokens: whether special tokens that a text spells out keep their meaning. By default each becomes
+            the unknown token, and the log says so once for each that a query spells out.
 
     Raises:
         RuntimeError: the tokenizer lost a part of a document.
@@ -118,7 +153,7 @@ def tokenise(
     with _lock:
         queries, documents = map(list, zip(*pairs, strict=True))
         encodings = tokenizer(queries, documents, verbose=False).encodings
-    controls = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    controls = set() if keep_special_tokens else set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     windows = []
     for pair, encoding in zip(pairs, encodings, strict=True):
         windows += _windows(pair, encoding, max_length, stride, controls, tokenizer)
@@ -168,7 +203,21 @@ def _without_controls(
             "a text spells out a special token of the tokenizer, which has no unknown and no pad token to put in its "
             "place: set tokenizer.pad_token"
         )
-    return [
-        unknown if sequence is not None and token in controls else token
-        for token, sequence in zip(token_ids, sequences, strict=True)
-    ]
+    replaced = []
+    for token, sequence in zip(token_ids, sequences, strict=True):
+        spelled_out = sequence is not None and token in controls
+        if spelled_out and sequence == 0:
+            _warn_once(*tokenizer.convert_ids_to_tokens([token, unknown]))
+        replaced.append(unknown if spelled_out else token)
+    return replaced
+
+
+@functools.cache
+def _warn_once(token: str, unknown: str) -> None:
+    # A document may hold anything, but in a query it is probably part of a prompt that the model was trained with.
+    logger.warning(
+        "A query spells out the special token %s, which counts as %s, so that no text can steer the model. If it is "
+        "part of the model's own prompt, pass keep_special_tokens=True",
+        token,
+        unknown,
+    )

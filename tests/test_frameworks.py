@@ -1,7 +1,10 @@
-"""The rerankers in the Local notebook's text for LangChain, LlamaIndex and Haystack, used as each framework does."""
+"""The rerankers in the Local notebook's text for LangChain, LlamaIndex and Haystack, used as each framework does, and
+a server that runs greenlets."""
 
 import copy
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -10,6 +13,16 @@ import pytest
 from reranker_helpers import rerank
 
 ROOT = Path(__file__).resolve().parent.parent
+GREENLETS = """
+from gevent import monkey; monkey.patch_all()
+import sys; sys.path.insert(0, sys.argv[1])
+import gevent, torch
+from reranker_helpers import load_reranker, rerank
+reranker = load_reranker(sys.argv[2], device="cpu")
+documents = ["bread " * (1 + i % 50) for i in range(600)] + ["panda"]  # several chunks
+gevent.joinall([gevent.spawn(lambda: print(len(rerank("panda", documents, *reranker)))) for _ in range(4)])
+assert not torch.is_inference_mode_enabled()
+"""
 TEXTS = ["bread oven", "the panda bear", "moon and star", "panda"]
 QUERY = "what is a panda"
 
@@ -34,6 +47,15 @@ def expected(tiny):
     ranking = rerank(QUERY, TEXTS, *tiny)
     assert [result.index for result in ranking[:2]] != [0, 1], "a class that only cuts the list would pass"
     return ranking
+
+
+def test_greenlets(installed, tiny_folder):
+    """In gunicorn's gevent workers the process crashed: a greenlet that waited left torch's inference mode on."""
+    installed("gevent")
+    run = subprocess.run(
+        [sys.executable, "-c", GREENLETS, ROOT, tiny_folder], capture_output=True, text=True, check=False
+    )
+    assert (run.returncode, run.stdout.split()) == (0, ["601"] * 4), run.stderr
 
 
 def test_langchain(snippet, expected, installed):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny import QUERY, WORDS, KeywordModel, make_model, plain_score, random_documents
 
-from reranker_helpers import score, tokenising
+from reranker_helpers import rerank, score, tokenising
 
 
 @pytest.mark.parametrize(("seed", "batch_tokens"), [(0, None), (1, 1), (2, 64), (3, 1000), (4, 100_000)])
@@ -168,6 +168,87 @@ def test_progress_is_shown_in_documents_and_only_when_asked_for(tiny, capsys):
     assert "document" in err
 
 
+AFTER_MAIN = """
+import atexit, sys, threading, time
+sys.path[:0] = sys.argv[1:3]
+from tiny import make_model, make_tokenizer
+from reranker_helpers import rerank
+
+tokenizer = make_tokenizer()
+reranker = make_model(len(tokenizer)), tokenizer, "cpu"
+documents = ["bread " * (1 + i % 50) for i in range(600)] + ["panda"]  # several chunks, so that one is tokenised ahead
+
+def work(name):
+    print(name, len(rerank("panda", documents, *reranker)), flush=True)
+
+def late():
+    threading.main_thread().join()
+    work("thread")
+
+threading.Thread(target=late).start()
+atexit.register(work, "exit")
+"""
+
+
+def test_threads_and_exit_handlers_that_outlive_the_main_thread_can_rerank(request):
+    """They got "cannot schedule new futures after interpreter shutdown"."""
+    here = request.path.parent
+    command = [sys.executable, "-c", AFTER_MAIN, str(here), str(here.parent)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (run.stdout.split(), run.stderr) == (["thread", "601", "exit", "601"], "")
+
+
+def test_no_mode_of_torch_is_on_while_tokens_are_waited_for(tiny, monkeypatch):
+    """Greenlets share their thread's modes: when one waited in inference mode, and another went on, the process
+    crashed."""
+    modes = []
+
+    def tokenise(*arguments):
+        modes.append(torch.is_inference_mode_enabled())
+        return true(*arguments)
+
+    class NoThread(threading.Thread):
+        def start(self):
+            self.run()
+
+    true = tokenising.tokenise
+    monkeypatch.setattr(tokenising, "tokenise", tokenise)
+    monkeypatch.setattr(tokenising, "CHUNK", 7)
+    monkeypatch.setattr(threading, "Thread", NoThread)
+    score([(QUERY, document) for document in random_documents(11)], *tiny)
+    assert len(modes) > 3
+    assert not any(modes)
+
+
+def test_special_tokens_in_a_query_are_told_about(tiny, caplog):
+    """Rerankers whose prompt holds some, such as Qwen3's, silently got other scores than in Transformers."""
+    tokenising._warn_once.cache_clear()
+    pair = ("what </s> is a panda", "bear </s> bread")
+    replaced, plain = score([pair, ("what <unk> is a panda", "bear <unk> bread")], *tiny)
+    assert replaced == plain
+    score([pair] * 3, *tiny)
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert "special token </s>, which counts as <unk>" in warning
+    assert "pass keep_special_tokens=True" in warning
+
+
+def test_special_tokens_can_be_kept(tiny, caplog):
+    pair = ("what </s> is a panda", "bear </s> bread")
+    expected = plain_score(*pair, tiny.model, tiny.tokenizer)
+    assert score([pair], *tiny, keep_special_tokens=True) == pytest.approx([expected], abs=1e-5)
+    (result,) = rerank(pair[0], [pair[1]], *tiny, keep_special_tokens=True)
+    assert result.score == pytest.approx(expected, abs=1e-5)
+    assert score([pair], *tiny) != pytest.approx([expected], abs=1e-3)
+
+
+@pytest.mark.parametrize("change", [torch.nn.Module.train, lambda model: model.classifier.dropout.train()])
+def test_dropout_that_is_switched_on_is_refused(tiny, change):
+    """Of one part, too: each call gave another score."""
+    change(tiny.model)
+    with pytest.raises(ValueError, match=r"in training mode, where dropout makes scores random: call model\.eval\(\)"):
+        score([(QUERY, "panda")], *tiny)
+
+
 def test_models_that_are_no_rerankers(tiny):
     two_labels = make_model(len(tiny.tokenizer), num_labels=2)
     with pytest.raises(ValueError, match=r"logits of shape \(1, 2\)"):
@@ -264,7 +345,7 @@ import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell switches it off for what runs in the background
 sys.path[:0] = sys.argv[1:3]
 from tiny import KeywordModel, make_tokenizer
-from reranker_helpers import score, tokenising
+from reranker_helpers import rerank, score, tokenising
 
 def megabytes(field):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) / 1000
