@@ -6,6 +6,8 @@ import re
 from decimal import Decimal
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent
 
 # Tests compare what the notebooks print with what they have stored, and that comes from the stand-in.
@@ -28,6 +30,12 @@ def pytest_configure(config):
         IPyNbCell.compare_outputs = lambda cell, new, stored, skip=None: strict(
             cell, _settled(_with_alt(new), _with_alt(stored)), _with_alt(stored), skip
         )
+
+
+@pytest.fixture
+def settled():
+    """The comparison, for what other tests print: `settled(new, stored) == stored`."""
+    return _settled
 
 
 def _with_alt(outputs: list) -> list:
@@ -57,9 +65,12 @@ def _settled(new, stored):
 
 
 def _is_near(new: str, stored: str) -> bool:
-    numbers = [Decimal(text.strip().replace(",", "")) for text in (new, stored)]
+    """Whether two decimals of one format differ by at most one unit of the last digit."""
+    texts = [new.strip(), stored.strip()]
+    numbers = [Decimal(text.replace(",", "")) for text in texts]
     units = [number.as_tuple().exponent for number in numbers]
-    # An exponent moves the last digit, but the number of digits is the format's.
-    same_format = units[0] == units[1] or "e" in stored
-    aligned = len(new) == len(stored) or len(new) - len(new.lstrip()) == len(stored) - len(stored.lstrip())
-    return same_format and aligned and abs(numbers[0] - numbers[1]) <= Decimal(1).scaleb(max(units))
+    same_digits = units[0] == units[1] or all("e" in text for text in texts)
+    same_signs = {text[0] if text[0] in "+-" else "" for text in texts} != {"+", ""}
+    aligned = len(new) == len(stored) or len(new) - len(texts[0]) == len(stored) - len(texts[1])
+    near = abs(numbers[0] - numbers[1]) <= Decimal(1).scaleb(max(units))
+    return same_digits and same_signs and aligned and near

@@ -5,6 +5,7 @@ import functools
 import inspect
 import json
 import math
+import os
 import re
 import statistics
 import subprocess
@@ -28,10 +29,14 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.M | re.S)
 
 
-def test_python_prints_what_it_says():
+@pytest.mark.parametrize("environment", [{}, {"PYTHONPATH": "tests/noise", "RERANKER_NOISE": "1"}])
+def test_python_prints_what_it_says(settled, environment):
     (code,), (output,) = blocks("python"), blocks("text")
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert run.stdout == output
+    environment = os.environ | environment
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert settled(run.stdout, output) == output
 
 
 def test_ci_runs_the_same_test_command():
