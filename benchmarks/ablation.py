@@ -87,7 +87,7 @@ def main(options: argparse.Namespace) -> None:
                 seconds[name].append(now() - begin)
     assert score(pairs[:4], *reranker) == expected
     found, usual = machine("cpu"), statistics.median(seconds["the engine"])
-    routes = {str(tuple(q[1])): chosen.__name__ for q, chosen in products._measured.items() if q[0] == "route"}
+    routes = {str(tuple(q[1])): chosen.__name__ for q, chosen in products._found.items() if q[0] == "route"}
     lines = [
         "# ablation",
         "",

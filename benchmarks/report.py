@@ -11,6 +11,13 @@ CLOCKS = {
     "wall": "wall clock",
     "cpu": "CPU seconds of each process, because others used the machine at the same time; read the ratios only",
 }
+REMARKS = {
+    "full-cpu-avx-vnni": ", of the engine before int8",
+    "full-cpu-avx2": ", of the engine before int8",
+    "int8": ", when int8 took in the whole last layer",
+}
+"""What has changed since a result was measured, by the file's name. It is added to the title."""
+
 HEADER = (
     "| | times as fast as plain | `rerank` is faster by | documents/s | runs | peak memory, MB | share of peak | "
     "largest difference | Kendall's tau |"
@@ -33,7 +40,7 @@ def render(result: dict, name: str) -> str:
     for package, version in [item for variant in ran for item in variant["versions"].items()]:
         versions[package] = list(dict.fromkeys([*versions.get(package, []), version]))
     lines = [
-        f"# {name}{result.get('title', '')}",
+        f"# {name}{REMARKS.get(name, '')}",
         "",
         "Written by the script, not by hand.",
         "",
