@@ -246,7 +246,7 @@ def replace_by(make):
 
 
 def scaled(attention):
-    attention.scaling *= 3
+    attention.scaling = 3 * getattr(attention, "scaling", 0.1)  # older versions have no such attribute, and ignore it
 
 
 LINEAR = [
