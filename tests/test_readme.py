@@ -7,6 +7,8 @@ import json
 import math
 import os
 import re
+import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -37,6 +39,33 @@ def test_python_prints_what_it_says(settled, environment):
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     )
     assert settled(run.stdout, output) == output
+
+
+def test_the_service_answers_as_shown(tmp_path):
+    """The two commands as they stand there, the first in a terminal of its own."""
+    serve, ask = [
+        block.replace("../reranker-venv/bin/", f"{Path(sys.executable).parent}/") for block in blocks("bash")[-2:]
+    ]
+    (answer,) = blocks("json")
+    with socket.socket() as port:
+        if port.connect_ex(("127.0.0.1", 5001)) == 0:
+            pytest.skip("another program uses port 5001")
+    with (tmp_path / "log.txt").open("w") as log:
+        server = subprocess.Popen(["bash", "-c", serve], cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+    try:
+        run = subprocess.run(
+            ["bash", "-c", ask.replace("curl", "curl --silent --retry 60 --retry-delay 1 --retry-connrefused")],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait()
+    found, shown = json.loads(run.stdout), json.loads(answer)
+    for result, expected in zip(found["results"], shown["results"], strict=True):
+        assert result == {name: pytest.approx(value, abs=0.002) for name, value in expected.items()}
+    assert found | {"results": 0} == shown | {"results": 0}
 
 
 def test_ci_runs_the_same_test_command():
