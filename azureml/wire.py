@@ -7,7 +7,7 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 from reranker_helpers import MAX_LENGTH, Reranker
-from reranker_helpers.checks import check_limits, check_text, query_names
+from reranker_helpers.checks import check_limits, check_text, longest_pair, query_names
 from reranker_helpers.tokenising import count_tokens
 
 TOKENIZER_TOKENS = 2_000_000
@@ -160,13 +160,14 @@ def check_options(fields: dict[str, Any], limits: Limits) -> Options:
 def length_of(query: str, options: Options, reranker: Reranker, limits: Limits) -> int:
     """Return the `max_length` in tokens for pairs with this query.
 
-    A `max_tokens_per_doc` beyond the deployment's limit is lowered, not refused: some Cohere clients always send 4,096.
+    A `max_tokens_per_doc` beyond the deployment's limit or the model's is lowered, not refused: some Cohere clients
+    always send 4,096.
     """
     if options.max_tokens_per_doc is None:
         return options.max_length
-    tokenizer = reranker.tokenizer
+    model, tokenizer, _ = reranker
     frame = count_tokens([query], tokenizer)[0] + tokenizer.num_special_tokens_to_add(pair=True)
-    return min(frame + options.max_tokens_per_doc, limits.length, tokenizer.model_max_length)
+    return min(frame + options.max_tokens_per_doc, limits.length, longest_pair(model, tokenizer))
 
 
 def check_query(name: str, value: object) -> str:

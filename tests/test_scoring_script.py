@@ -103,6 +103,20 @@ def test_max_tokens_per_doc_cuts_the_document_alone(ask, tiny):
     assert answer["usage"]["total_tokens"] == sum(frame + min(length, 20) for length in lengths)
 
 
+def test_max_tokens_per_doc_beyond_what_the_model_reads_is_lowered(ask, tiny):
+    """Many tokenizers have no limit of their own. The model's was forgotten, and the answer was 422."""
+    tiny.tokenizer.model_max_length = 10**30
+    tiny.model.config.max_position_embeddings = 66  # of which it reads 64
+    documents = texts(5, 12, 100)
+    status, answer = ask({"query": QUERY, "documents": documents, "max_tokens_per_doc": 4096})
+    assert status == 200
+    expected = rerank(QUERY, documents, *tiny, max_length=64)
+    assert [(r["index"], r["logit"], r["truncated"]) for r in answer["results"]] == [
+        (r.index, r.score, r.truncated) for r in expected
+    ]
+    assert any(r.truncated for r in expected)
+
+
 @pytest.mark.parametrize("options", [{}, {"max_length": 40}, {"max_length": 40, "stride": 8}])
 def test_total_tokens_are_those_that_the_model_read(ask, tiny, options):
     documents = texts(1, 10, 100)
