@@ -33,7 +33,7 @@ class Limits(NamedTuple):
     """The largest request that is accepted. One of this size must finish within the deployment's timeout.
 
     The deployment's environment variables RERANKER_MAX_DOCUMENTS, RERANKER_MAX_TOKENS, RERANKER_MAX_LENGTH and
-    RERANKER_MAX_BODY_BYTES override the defaults.
+    RERANKER_MAX_BODY_BYTES override the defaults. An empty one counts as not set.
     """
 
     documents: int = 1000
@@ -49,7 +49,7 @@ class Limits(NamedTuple):
         limits = {}
         for field in cls._fields:
             variable = f"RERANKER_MAX_{field.upper()}"
-            value = os.environ.get(variable, str(cls._field_defaults[field]))
+            value = os.environ.get(variable, "").strip() or str(cls._field_defaults[field])
             if not value.isdecimal() or int(value) == 0:
                 raise ValueError(f"the environment variable {variable} is {value!r}, expected a positive whole number")
             limits[field] = int(value)

@@ -434,10 +434,22 @@ def test_init_with_weights_that_tell_no_text_from_another(tiny_folder, tmp_path,
         score.init()
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "many", "1.5", ""])
+@pytest.mark.parametrize("value", ["0", "-1", "many", "1.5"])
 def test_limits_from_the_environment(monkeypatch, value):
     monkeypatch.setenv("RERANKER_MAX_TOKENS", "24000")
     assert wire.Limits.from_environment() == wire.Limits(tokens=24_000)
     monkeypatch.setenv("RERANKER_MAX_DOCUMENTS", value)
     with pytest.raises(ValueError, match=f"RERANKER_MAX_DOCUMENTS is '{value}', expected a positive whole number"):
         wire.Limits.from_environment()
+
+
+@pytest.mark.parametrize("value", ["", "  "])
+def test_an_empty_variable_counts_as_not_set(tiny_folder, monkeypatch, caplog, value):
+    """Pipelines set one to "" where they have nothing to say. An empty device or limit ended `init`."""
+    for name in ("DEVICE", "MODEL_NAME", *(f"MAX_{field.upper()}" for field in wire.Limits._fields)):
+        monkeypatch.setenv(f"RERANKER_{name}", value)
+    monkeypatch.setenv("AZUREML_MODEL_DIR", str(tiny_folder))
+    caplog.set_level(logging.INFO, "azmlinfsrv.score")
+    load_script().init()
+    assert caplog.messages[0].startswith(f"{tiny_folder.name} ready on ")
+    assert str(wire.Limits()) in caplog.messages[0]
