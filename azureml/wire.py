@@ -11,7 +11,9 @@ from reranker_helpers.checks import check_limits, check_text, longest_pair, quer
 from reranker_helpers.tokenising import count_tokens
 
 TOKENIZER_TOKENS = 2_000_000
-"""The most tokens that the tokenizer may produce for a request. Each takes about 300 bytes, even if it is cut off."""
+"""The most tokens that the tokenizer may produce for a request: those of whole documents, before any is cut off or into
+windows, and of the query again with each. It limits time, and memory: a long document takes about 500 bytes a token,
+measured with the stand-in's tokenizer, while short ones are tokenised a few hundred at a time."""
 
 OPTIONS = ("top_n", "return_documents", "max_length", "stride", "model")
 FIELDS = ("query", "documents", *OPTIONS, "max_tokens_per_doc")
@@ -217,11 +219,11 @@ def check_tokens(
     except ValueError as error:
         raise Refused(422, "OutOfRange", str(error)) from None
     pairs = list(dict.fromkeys(pairs))
-    characters = sum(len(document) for _, document in pairs)
+    characters = sum(len(query) + len(document) for query, document in pairs)
     if not pairs:
         return
     if stride is None and len(pairs) * max_length <= limits.tokens and characters <= TOKENIZER_TOKENS:
-        return  # cannot exceed the limits, so counting would only cost time
+        return  # a character is rarely more than a token, so counting would only cost time
     special = tokenizer.num_special_tokens_to_add(pair=True)
     frames = {query: special + count for query, count in zip(names, count_tokens(list(names), tokenizer), strict=True)}
     overlap = stride or 0
@@ -229,13 +231,12 @@ def check_tokens(
     for (query, _), length in zip(pairs, count_tokens([document for _, document in pairs], tokenizer), strict=True):
         frame = frames[query]  # the query and the special tokens are in every window
         room = max_length - frame
+        produced += frame + length
         if stride is None:
-            produced += length
             read += frame + min(length, room)
         else:
             windows = max(1, math.ceil((length - overlap) / (room - overlap)))
-            produced += windows * (frame + overlap) + length - overlap
-            read = produced
+            read += windows * (frame + overlap) + length - overlap
     if read > limits.tokens:
         raise Refused(
             413,
@@ -247,8 +248,8 @@ def check_tokens(
         raise Refused(
             413,
             "TooManyTokens",
-            f"the documents have {produced:,} tokens, at most {TOKENIZER_TOKENS:,} are allowed: send fewer or shorter "
-            "documents",
+            f"query and documents have {produced:,} tokens, the query counted with every document; at most "
+            f"{TOKENIZER_TOKENS:,} are allowed: send fewer or shorter documents",
         )
 
 

@@ -269,6 +269,17 @@ def test_too_large_is_refused_before_the_model_runs(ask, tiny, monkeypatch):
     assert refused(narrow) == (413, "TooManyTokens"), "gigabytes of windows that hold one token of the document each"
     monkeypatch.setattr(wire, "TOKENIZER_TOKENS", 5000)
     assert refused(narrow | {"stride": None}) == (413, "TooManyTokens"), "cut-off text is tokenised all the same"
+    wide = {"query": "panda " * 400, "documents": [f"bear {number}" for number in range(20)]}
+    assert refused(wide) == (413, "TooManyTokens"), "and the query again with each document"
+
+
+def test_windows_are_no_tokens_of_the_tokenizer(ask, monkeypatch):
+    """It reads a document once. Its windows are cut afterwards, so only the limit of the model's tokens is for them."""
+    monkeypatch.setattr(wire, "TOKENIZER_TOKENS", 500)
+    request = {"query": QUERY, "documents": [" ".join(WORDS * 7)], "max_length": 12, "stride": 2}
+    status, answer = ask(request)
+    assert status == 200
+    assert answer["usage"]["total_tokens"] > 500
 
 
 @given(
