@@ -75,7 +75,7 @@ def rerank_remote(
         query: the question or search text.
         documents: strings, in the order of the first-stage search.
         top_n: how many to return, at least 1. Default: all.
-        url: the endpoint's scoring URI.
+        url: the endpoint's scoring URI. Redirects are not followed: the token is for this address alone.
         token: the endpoint's key, or a function that returns a valid token.
         budget: seconds that the call may take, getting the token included.
         fail_open: if the documents cannot be reranked in time, whether to return them as given (True) or to raise.
@@ -126,9 +126,7 @@ def rerank_remote(
 def _logits(request: dict[str, Any], documents: list[str], send: Callable[..., Any]) -> dict[int, float]:
     """Return logits by index, of all documents or at least of the best `top_n`. Raises RerankFailed."""
     logits: dict[int, float] = {}
-    parts = [
-        range(begin, min(begin + MAX_DOCUMENTS, len(documents))) for begin in range(0, len(documents), MAX_DOCUMENTS)
-    ]
+    parts = [range(len(documents))[begin : begin + MAX_DOCUMENTS] for begin in range(0, len(documents), MAX_DOCUMENTS)]
     while parts:
         part = parts.pop()
         body = json.dumps({**request, "documents": [documents[index] for index in part]}).encode()
@@ -139,6 +137,8 @@ def _logits(request: dict[str, Any], documents: list[str], send: Callable[..., A
         if status != 200:
             error = answer.get("error")
             message = error.get("message") if isinstance(error, dict) else None
+            if 300 <= status < 400:
+                message = "a redirect, is url the endpoint's scoring URI?"
             raise RerankFailed(f"the endpoint answered {status}" + (f": {message}" if message else ""))
         scores = {part[result["index"]]: float(result["logit"]) for result in answer["results"]}
         if len(scores) != min(request["top_n"] or len(part), len(part)) or not all(map(math.isfinite, scores.values())):
@@ -163,8 +163,14 @@ class _Sender(NamedTuple):
             headers = {"Content-Type": "application/json", "Authorization": f"Bearer {token}"}
             failure, after = None, ""
             try:
-                left = max(0.001, self.deadline - time.monotonic())
-                response = self.post(self.url, data=body, headers=headers, timeout=left)
+                response = self.post(
+                    self.url,
+                    data=body,
+                    headers=headers,
+                    auth=lambda request: request,  # else the user and password of a .netrc would replace the token
+                    timeout=max(0.001, self.deadline - time.monotonic()),
+                    allow_redirects=False,
+                )
                 status = int(response.headers.get("ms-azureml-model-error-statuscode", response.status_code))
                 after = response.headers.get("Retry-After", "")
                 answer = response.json() if "json" in response.headers.get("Content-Type", "") else {}

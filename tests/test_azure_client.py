@@ -239,6 +239,29 @@ def test_a_token_that_is_wrong_late_or_not_to_be_had(ask, azure):
     assert ask(token=not_signed_in).reason == "PermissionError in the request"
 
 
+@pytest.mark.parametrize("session", [None, requests.Session()], ids=["no session", "the caller's session"])
+def test_a_netrc_does_not_replace_the_token(ask, local, monkeypatch, tmp_path, session):
+    """The endpoint got the user and password that the file has for any machine, and answered 401."""
+    (tmp_path / "netrc").write_text("default login me password secret")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert is_the_local_one(ask(session=session), local)
+
+
+def test_the_environments_proxy_is_used(ask, azure, local, monkeypatch):
+    """What ignores a .netrc must not ignore the rest of the environment: only the proxy knows this name."""
+    monkeypatch.setenv("http_proxy", azure.url)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    assert is_the_local_one(ask(url="http://endpoint.invalid/score"), local)
+
+
+@pytest.mark.parametrize("status", [302, 308])
+def test_a_redirect_is_not_followed(ask, azure, status):
+    """The token is not for the other host, and a 302 would make a GET of the request."""
+    azure.faults, azure.headers = [status], {"Location": azure.url.replace("127.0.0.1", "localhost")}
+    assert is_the_given_one(ask(), f"the endpoint answered {status}: a redirect, is url the endpoint's scoring URI?")
+    assert len(azure.sizes) == 1
+
+
 def test_a_request_that_is_wrong_is_told_from_a_service_that_is_broken(ask, azure):
     """Azure answers 424 for both. The header has the script's status, and only a broken service is tried again."""
     documents = DOCUMENTS[:5]
