@@ -46,7 +46,7 @@ class Ranking(NamedTuple):
     results: list[Result]
     reranked: bool
     reason: str
-    """Why they were not reranked, else "". It never quotes the query or a document."""
+    """Why they were not reranked, else "". It never quotes the query, a document or the token."""
 
 
 class RerankFailed(Exception):
@@ -87,7 +87,7 @@ def rerank_remote(
 
     Raises:
         TypeError, ValueError: query or documents are not strings, or `top_n` is below 1.
-        RerankFailed: the documents could not be reranked, and `fail_open` is False.
+        RerankFailed: the documents could not be reranked, because of `url` or `token` too, and `fail_open` is False.
     """
     if isinstance(documents, str):
         raise TypeError("documents is str, expected a list of strings")
@@ -159,8 +159,7 @@ class _Sender(NamedTuple):
         """Return the answer's status and JSON; where Azure hides the scoring script's status behind 424, that one."""
         pause = 0.1
         while True:
-            token = self.token() if callable(self.token) else self.token
-            headers = {"Content-Type": "application/json", "Authorization": f"Bearer {token}"}
+            headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.checked_token()}"}
             failure, after = None, ""
             try:
                 response = self.post(
@@ -176,7 +175,10 @@ class _Sender(NamedTuple):
                 answer = response.json() if "json" in response.headers.get("Content-Type", "") else {}
                 if status not in RETRIED:
                     return status, answer
-            except requests.RequestException as error:
+            except (requests.RequestException, ValueError) as error:
+                # Such as InvalidURL, which no retry mends. JSONDecodeError, of an answer, is a ValueError too.
+                if isinstance(error, ValueError) and not isinstance(error, requests.JSONDecodeError):
+                    raise RerankFailed(f"{type(error).__name__}: check url, https://..., and the proxy") from error
                 failure = error
             # Random, or all clients would come back at the same moment.
             wait = max(random.uniform(pause / 2, pause), float(after) if after.isdecimal() else 0.0)
@@ -186,3 +188,14 @@ class _Sender(NamedTuple):
                 raise RerankFailed(f"no answer in time: {type(failure).__name__}") from failure
             time.sleep(wait)
             pause = min(2 * pause, 5.0)
+
+    def checked_token(self) -> str:
+        """Return the token. Raises RerankFailed, which never quotes it, if no header can hold it."""
+        name, token = ("token()", self.token()) if callable(self.token) else ("token", self.token)
+        if not isinstance(token, str):
+            raise RerankFailed(f"{name} is {type(token).__name__}, expected str")
+        if not token.strip():
+            raise RerankFailed(f"{name} is empty: pass the endpoint's key, or a function that returns a token")
+        if not (token.isascii() and token.isprintable()):
+            raise RerankFailed(f"{name} has a line break or another character that no header may hold: strip() it?")
+        return token

@@ -6,6 +6,7 @@ Whatever happens, all documents come back, in the reranker's order or in the giv
 import json
 import os
 import random
+import re
 import signal
 import socket
 import struct
@@ -260,6 +261,48 @@ def test_a_redirect_is_not_followed(ask, azure, status):
     azure.faults, azure.headers = [status], {"Location": azure.url.replace("127.0.0.1", "localhost")}
     assert is_the_given_one(ask(), f"the endpoint answered {status}: a redirect, is url the endpoint's scoring URI?")
     assert len(azure.sizes) == 1
+
+
+SECRET = "ab12cd34"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"token": f"{SECRET}\n"}, "token has a line break or another character that no header may hold: strip() it?"),
+        ({"token": f"{SECRET}\0"}, "token has a line break or another"),
+        ({"token": f"\ufeff{SECRET}"}, "token has a line break or another"),
+        ({"token": lambda: f"{SECRET}\r\n"}, "token() has a line break or another"),
+        ({"token": ""}, "token is empty"),
+        ({"token": lambda: " "}, "token() is empty"),
+        ({"token": None}, "token is NoneType, expected str"),
+        ({"token": lambda: (SECRET, 1790000000)}, "token() is tuple, expected str"),
+        ({"url": ""}, "MissingSchema: check url"),
+        ({"url": None}, "MissingSchema: check url"),
+        ({"url": "my-endpoint/score"}, "MissingSchema: check url, https://..., and the proxy"),
+        ({"url": "htps://my-endpoint/score"}, "InvalidSchema: check url"),
+        ({"url": "https:///score"}, "InvalidURL: check url"),
+        ({"url": "https://my-endpoint:443443/score"}, "InvalidURL: check url"),
+        ({"url": f"https://{'a' * 64}.invalid/score"}, "LocationParseError: check url"),
+    ],
+)
+def test_what_can_never_be_sent_is_not_tried_again(ask, azure, caplog, arguments, reason):
+    """It used up the whole budget of each search. The token is a secret, and a reason goes to the log."""
+    started = time.monotonic()
+    ranking = ask(**arguments)
+    assert is_the_given_one(ranking, reason)
+    assert time.monotonic() - started < 1
+    assert azure.sizes == []
+    assert reason in caplog.text
+    assert SECRET not in caplog.text + ranking.reason
+    with pytest.raises(client.RerankFailed, match=re.escape(reason)):
+        ask(fail_open=False, **arguments)
+
+
+def test_a_proxy_that_is_no_address(ask, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://")
+    monkeypatch.setenv("no_proxy", "")
+    assert is_the_given_one(ask(), "InvalidProxyURL: check url, https://..., and the proxy")
 
 
 def test_a_request_that_is_wrong_is_told_from_a_service_that_is_broken(ask, azure):
