@@ -13,7 +13,7 @@ def load_model() -> tuple[Reranker, str]:
     """Load the model from the folder in AZUREML_MODEL_DIR, and score once, so that the first request is not slow.
 
     The environment variable RERANKER_DEVICE sets the device (default: that of `load_reranker`), and RERANKER_MODEL_NAME
-    the model's name in answers (default: the name of the folder).
+    the model's name in answers (default: the name of the folder). An empty one counts as not set.
 
     Returns:
         The reranker, and the model's name.
@@ -27,7 +27,7 @@ def load_model() -> tuple[Reranker, str]:
     try:
         # With a folder, the hub is not asked. A deployment that pays for a GPU sets "cuda", so that a missing driver
         # fails here and does not make a slow endpoint.
-        reranker = load_reranker(folder, device=os.environ.get("RERANKER_DEVICE"))
+        reranker = load_reranker(folder, device=os.environ.get("RERANKER_DEVICE", "").strip() or None)
     except (OSError, ValueError) as error:
         raise RuntimeError(f"{error}. {_listing(folder)}") from error
     logits = score(WARM_UP, *reranker)
@@ -36,7 +36,7 @@ def load_model() -> tuple[Reranker, str]:
         raise RuntimeError(
             f"the model gives the logit {logits[0]} to every text: check the weights. {_listing(folder)}"
         )
-    return reranker, os.environ.get("RERANKER_MODEL_NAME", folder.name)
+    return reranker, os.environ.get("RERANKER_MODEL_NAME", "").strip() or folder.name
 
 
 def find_model(model_dir: str) -> Path:

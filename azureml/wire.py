@@ -7,11 +7,13 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 from reranker_helpers import MAX_LENGTH, Reranker
-from reranker_helpers.checks import check_limits, check_text, query_names
+from reranker_helpers.checks import check_limits, check_text, longest_pair, query_names
 from reranker_helpers.tokenising import count_tokens
 
 TOKENIZER_TOKENS = 2_000_000
-"""The most tokens that the tokenizer may produce for a request. Each takes about 300 bytes, even if it is cut off."""
+"""The most tokens that the tokenizer may produce for a request: those of whole documents, before any is cut off or into
+windows, and of the query again with each. It limits time, and memory: a long document takes about 500 bytes a token,
+measured with the stand-in's tokenizer, while short ones are tokenised a few hundred at a time."""
 
 OPTIONS = ("top_n", "return_documents", "max_length", "stride", "model")
 FIELDS = ("query", "documents", *OPTIONS, "max_tokens_per_doc")
@@ -33,7 +35,7 @@ class Limits(NamedTuple):
     """The largest request that is accepted. One of this size must finish within the deployment's timeout.
 
     The deployment's environment variables RERANKER_MAX_DOCUMENTS, RERANKER_MAX_TOKENS, RERANKER_MAX_LENGTH and
-    RERANKER_MAX_BODY_BYTES override the defaults.
+    RERANKER_MAX_BODY_BYTES override the defaults. An empty one counts as not set.
     """
 
     documents: int = 1000
@@ -49,7 +51,7 @@ class Limits(NamedTuple):
         limits = {}
         for field in cls._fields:
             variable = f"RERANKER_MAX_{field.upper()}"
-            value = os.environ.get(variable, str(cls._field_defaults[field]))
+            value = os.environ.get(variable, "").strip() or str(cls._field_defaults[field])
             if not value.isdecimal() or int(value) == 0:
                 raise ValueError(f"the environment variable {variable} is {value!r}, expected a positive whole number")
             limits[field] = int(value)
@@ -160,13 +162,14 @@ def check_options(fields: dict[str, Any], limits: Limits) -> Options:
 def length_of(query: str, options: Options, reranker: Reranker, limits: Limits) -> int:
     """Return the `max_length` in tokens for pairs with this query.
 
-    A `max_tokens_per_doc` beyond the deployment's limit is lowered, not refused: some Cohere clients always send 4,096.
+    A `max_tokens_per_doc` beyond the deployment's limit or the model's is lowered, not refused: some Cohere clients
+    always send 4,096.
     """
     if options.max_tokens_per_doc is None:
         return options.max_length
-    tokenizer = reranker.tokenizer
+    model, tokenizer, _ = reranker
     frame = count_tokens([query], tokenizer)[0] + tokenizer.num_special_tokens_to_add(pair=True)
-    return min(frame + options.max_tokens_per_doc, limits.length, tokenizer.model_max_length)
+    return min(frame + options.max_tokens_per_doc, limits.length, longest_pair(model, tokenizer))
 
 
 def check_query(name: str, value: object) -> str:
@@ -216,11 +219,11 @@ def check_tokens(
     except ValueError as error:
         raise Refused(422, "OutOfRange", str(error)) from None
     pairs = list(dict.fromkeys(pairs))
-    characters = sum(len(document) for _, document in pairs)
+    characters = sum(len(query) + len(document) for query, document in pairs)
     if not pairs:
         return
     if stride is None and len(pairs) * max_length <= limits.tokens and characters <= TOKENIZER_TOKENS:
-        return  # cannot exceed the limits, so counting would only cost time
+        return  # a character is rarely more than a token, so counting would only cost time
     special = tokenizer.num_special_tokens_to_add(pair=True)
     frames = {query: special + count for query, count in zip(names, count_tokens(list(names), tokenizer), strict=True)}
     overlap = stride or 0
@@ -228,13 +231,12 @@ def check_tokens(
     for (query, _), length in zip(pairs, count_tokens([document for _, document in pairs], tokenizer), strict=True):
         frame = frames[query]  # the query and the special tokens are in every window
         room = max_length - frame
+        produced += frame + length
         if stride is None:
-            produced += length
             read += frame + min(length, room)
         else:
             windows = max(1, math.ceil((length - overlap) / (room - overlap)))
-            produced += windows * (frame + overlap) + length - overlap
-            read = produced
+            read += windows * (frame + overlap) + length - overlap
     if read > limits.tokens:
         raise Refused(
             413,
@@ -246,8 +248,8 @@ def check_tokens(
         raise Refused(
             413,
             "TooManyTokens",
-            f"the documents have {produced:,} tokens, at most {TOKENIZER_TOKENS:,} are allowed: send fewer or shorter "
-            "documents",
+            f"query and documents have {produced:,} tokens, the query counted with every document; at most "
+            f"{TOKENIZER_TOKENS:,} are allowed: send fewer or shorter documents",
         )
 
 

@@ -79,6 +79,17 @@ def query_names(pairs: Iterable[Pair], name: str) -> dict[str, str]:
     return names
 
 
+def longest_pair(model: Callable[..., Any], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return how many tokens of a pair the model can read: query, document and special tokens together."""
+    config = getattr(model, "config", None)
+    positions = getattr(config, "max_position_embeddings", None)
+    if not positions or positions < 0:  # XLNet says -1: it has no limit
+        return tokenizer.model_max_length
+    # bge-reranker-v2-m3 has 8194 positions but reads 8192 tokens.
+    offset = config.pad_token_id + 1 if _counts_from_pad(config) else 0
+    return min(tokenizer.model_max_length, positions - offset)
+
+
 def check_limits(
     queries: Mapping[str, str],
     model: Callable[..., Any],
@@ -104,13 +115,7 @@ def check_limits(
     max_length = check_whole_number("max_length", max_length, at_least=1)
     if stride is not None:
         stride = check_whole_number("stride", stride, at_least=0)
-    limit = tokenizer.model_max_length
-    config = getattr(model, "config", None)
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions and positions > 0:  # XLNet says -1: it has no limit
-        # bge-reranker-v2-m3 has 8194 positions but reads 8192 tokens.
-        offset = config.pad_token_id + 1 if _counts_from_pad(config) else 0
-        limit = min(limit, positions - offset)
+    limit = longest_pair(model, tokenizer)
     if max_length > limit:
         raise ValueError(f"max_length is {max_length}, but the model reads at most {limit} tokens")
     if not queries:

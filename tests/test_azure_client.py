@@ -4,8 +4,10 @@ Whatever happens, all documents come back, in the reranker's order or in the giv
 """
 
 import json
+import math
 import os
 import random
+import re
 import signal
 import socket
 import struct
@@ -17,6 +19,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy
+import pandas
 import pytest
 import requests
 from azure_scripts import load_script
@@ -210,6 +214,22 @@ def test_after_the_budget_the_documents_come_back_as_given(ask, azure):
     ]
 
 
+@pytest.mark.parametrize("budget", [0, -0.01, -math.inf, math.nan, numpy.float32(-1)])
+def test_a_budget_that_is_used_up_fails_at_once(azure, budget):
+    """A search passes on what is left of its own time. If that was less than 0, it got ValueError, fail_open or not."""
+    options = {"url": azure.url, "token": TOKEN, "budget": budget}
+    assert is_the_given_one(client.rerank_remote(QUERY, DOCUMENTS, **options), f"budget is {budget} s, expected more")
+    with pytest.raises(client.RerankFailed, match="budget is"):
+        client.rerank_remote(QUERY, DOCUMENTS, fail_open=False, **options)
+    assert azure.sizes == []
+
+
+@pytest.mark.parametrize("budget", [math.inf, 1e10, 10**30, numpy.float32(1e30), numpy.float64(20)])
+def test_a_budget_may_be_huge(ask, local, budget):
+    """No limit: queues and sockets raise OverflowError for such timeouts."""
+    assert is_the_local_one(ask(budget=budget), local)
+
+
 def test_retry_after_is_kept_and_beyond_the_budget_nothing_is_waited_for(ask, azure, local):
     azure.faults, azure.headers = [429], {"Retry_After": "1"}
     started = time.monotonic()
@@ -239,6 +259,71 @@ def test_a_token_that_is_wrong_late_or_not_to_be_had(ask, azure):
     assert ask(token=not_signed_in).reason == "PermissionError in the request"
 
 
+@pytest.mark.parametrize("session", [None, requests.Session()], ids=["no session", "the caller's session"])
+def test_a_netrc_does_not_replace_the_token(ask, local, monkeypatch, tmp_path, session):
+    """The endpoint got the user and password that the file has for any machine, and answered 401."""
+    (tmp_path / "netrc").write_text("default login me password secret")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert is_the_local_one(ask(session=session), local)
+
+
+def test_the_environments_proxy_is_used(ask, azure, local, monkeypatch):
+    """What ignores a .netrc must not ignore the rest of the environment: only the proxy knows this name."""
+    monkeypatch.setenv("http_proxy", azure.url)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    assert is_the_local_one(ask(url="http://endpoint.invalid/score"), local)
+
+
+@pytest.mark.parametrize("status", [302, 308])
+def test_a_redirect_is_not_followed(ask, azure, status):
+    """The token is not for the other host, and a 302 would make a GET of the request."""
+    azure.faults, azure.headers = [status], {"Location": azure.url.replace("127.0.0.1", "localhost")}
+    assert is_the_given_one(ask(), f"the endpoint answered {status}: a redirect, is url the endpoint's scoring URI?")
+    assert len(azure.sizes) == 1
+
+
+SECRET = "ab12cd34"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"token": f"{SECRET}\n"}, "token has a line break or another character that no header may hold: strip() it?"),
+        ({"token": f"{SECRET}\0"}, "token has a line break or another"),
+        ({"token": f"\ufeff{SECRET}"}, "token has a line break or another"),
+        ({"token": lambda: f"{SECRET}\r\n"}, "token() has a line break or another"),
+        ({"token": ""}, "token is empty"),
+        ({"token": lambda: " "}, "token() is empty"),
+        ({"token": None}, "token is NoneType, expected str"),
+        ({"token": lambda: (SECRET, 1790000000)}, "token() is tuple, expected str"),
+        ({"url": ""}, "MissingSchema: check url"),
+        ({"url": None}, "MissingSchema: check url"),
+        ({"url": "my-endpoint/score"}, "MissingSchema: check url, https://..., and the proxy"),
+        ({"url": "htps://my-endpoint/score"}, "InvalidSchema: check url"),
+        ({"url": "https:///score"}, "InvalidURL: check url"),
+        ({"url": "https://my-endpoint:443443/score"}, "InvalidURL: check url"),
+        ({"url": f"https://{'a' * 64}.invalid/score"}, "LocationParseError: check url"),
+    ],
+)
+def test_what_can_never_be_sent_is_not_tried_again(ask, azure, caplog, arguments, reason):
+    """It used up the whole budget of each search. The token is a secret, and a reason goes to the log."""
+    started = time.monotonic()
+    ranking = ask(**arguments)
+    assert is_the_given_one(ranking, reason)
+    assert time.monotonic() - started < 1
+    assert azure.sizes == []
+    assert reason in caplog.text
+    assert SECRET not in caplog.text + ranking.reason
+    with pytest.raises(client.RerankFailed, match=re.escape(reason)):
+        ask(fail_open=False, **arguments)
+
+
+def test_a_proxy_that_is_no_address(ask, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://")
+    monkeypatch.setenv("no_proxy", "")
+    assert is_the_given_one(ask(), "InvalidProxyURL: check url, https://..., and the proxy")
+
+
 def test_a_request_that_is_wrong_is_told_from_a_service_that_is_broken(ask, azure):
     """Azure answers 424 for both. The header has the script's status, and only a broken service is tried again."""
     documents = DOCUMENTS[:5]
@@ -259,13 +344,70 @@ def test_failures_can_be_raised_instead(ask, azure):
     [
         ({"documents": ["a", None]}, r"documents\[1\] is NoneType, expected str"),
         ({"documents": "panda"}, "documents is str, expected a list"),
+        ({"documents": b"panda"}, "documents is bytes, expected a list of strings: put it into brackets?"),
+        ({"documents": {"a": "panda"}}, "documents is dict, expected a list of strings"),
+        ({"documents": pandas.DataFrame({"id": [1], "text": ["panda"]})}, "documents is DataFrame, a table, expected"),
+        ({"documents": None}, "documents is NoneType, expected a list"),
+        ({"documents": ["a", "half an emoji: \ud83d"]}, r"documents\[1\] is no valid Unicode: .* at character 15"),
         ({"top_n": 0}, "top_n is 0, expected at least 1"),
+        ({"top_n": numpy.int64(0)}, "top_n is 0, expected at least 1"),
+        ({"top_n": True}, "top_n is bool, expected a whole number"),
+        ({"top_n": 2.0}, "top_n is float, expected a whole number"),
+        ({"max_length": 0}, "max_length is 0, expected at least 1"),
+        ({"max_length": "512"}, "max_length is str, expected a whole number"),
+        ({"stride": -1}, "stride is -1, expected at least 0"),
+        ({"stride": numpy.float64(8)}, "stride is float64, expected a whole number"),
     ],
 )
-def test_mistakes_of_the_caller_are_raised(ask, arguments, message):
-    """Failing open would hide them: the search would look fine, and never be reranked."""
+def test_mistakes_of_the_caller_are_raised(ask, azure, arguments, message):
+    """Failing open would hide them: the search would look fine, and never be reranked. Tables were ranked by the names
+    of their columns, and dicts by their keys."""
     with pytest.raises((TypeError, ValueError), match=message):
         ask(**arguments)
+    assert azure.sizes == []
+
+
+@pytest.mark.parametrize(
+    ("query", "budget", "error", "message"),
+    [
+        ("half an emoji: \ud83d", 5, ValueError, "query is no valid Unicode: lone surrogate at character 15"),
+        (None, 5, TypeError, "query is NoneType, expected str"),
+        (QUERY, "5", TypeError, "budget is str, expected a number of seconds"),
+        (QUERY, None, TypeError, "budget is NoneType"),
+        (QUERY, True, TypeError, "budget is bool"),
+    ],
+)
+def test_mistakes_in_the_query_and_the_budget_are_raised(azure, query, budget, error, message):
+    with pytest.raises(error, match=message):
+        client.rerank_remote(query, DOCUMENTS, url=azure.url, token=TOKEN, budget=budget)
+    assert azure.sizes == []
+
+
+class Column:
+    """Like pyarrow's arrays and columns: iterating gives scalars that are no strings."""
+
+    def __init__(self, texts):
+        self.texts = texts
+
+    def __iter__(self):
+        return iter([object()] * len(self.texts))
+
+    def to_pylist(self):
+        return self.texts
+
+
+@pytest.mark.parametrize("wrap", [tuple, iter, Column, pandas.Series, numpy.array])
+def test_columns_arrays_and_generators(ask, local, wrap):
+    assert is_the_local_one(ask(documents=wrap(DOCUMENTS)), local)
+
+
+def test_numbers_of_numpy(ask, tiny_folder):
+    """They come from tables and settings. json knew none of them: "TypeError in the request"."""
+    numbers = {"top_n": 3, "max_length": 12, "stride": 2}
+    ranking = ask(**{name: numpy.int64(number) for name, number in numbers.items()})
+    expected = rerank(QUERY, DOCUMENTS, *load_reranker(tiny_folder), **numbers)
+    assert [result.index for result in ranking.results] == [result.index for result in expected]
+    assert [result.score for result in ranking.results] == pytest.approx([r.score for r in expected], abs=1e-5)
 
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the worker is found in Linux's /proc")

@@ -103,6 +103,20 @@ def test_max_tokens_per_doc_cuts_the_document_alone(ask, tiny):
     assert answer["usage"]["total_tokens"] == sum(frame + min(length, 20) for length in lengths)
 
 
+def test_max_tokens_per_doc_beyond_what_the_model_reads_is_lowered(ask, tiny):
+    """Many tokenizers have no limit of their own. The model's was forgotten, and the answer was 422."""
+    tiny.tokenizer.model_max_length = 10**30
+    tiny.model.config.max_position_embeddings = 66  # of which it reads 64
+    documents = texts(5, 12, 100)
+    status, answer = ask({"query": QUERY, "documents": documents, "max_tokens_per_doc": 4096})
+    assert status == 200
+    expected = rerank(QUERY, documents, *tiny, max_length=64)
+    assert [(r["index"], r["logit"], r["truncated"]) for r in answer["results"]] == [
+        (r.index, r.score, r.truncated) for r in expected
+    ]
+    assert any(r.truncated for r in expected)
+
+
 @pytest.mark.parametrize("options", [{}, {"max_length": 40}, {"max_length": 40, "stride": 8}])
 def test_total_tokens_are_those_that_the_model_read(ask, tiny, options):
     documents = texts(1, 10, 100)
@@ -255,6 +269,17 @@ def test_too_large_is_refused_before_the_model_runs(ask, tiny, monkeypatch):
     assert refused(narrow) == (413, "TooManyTokens"), "gigabytes of windows that hold one token of the document each"
     monkeypatch.setattr(wire, "TOKENIZER_TOKENS", 5000)
     assert refused(narrow | {"stride": None}) == (413, "TooManyTokens"), "cut-off text is tokenised all the same"
+    wide = {"query": "panda " * 400, "documents": [f"bear {number}" for number in range(20)]}
+    assert refused(wide) == (413, "TooManyTokens"), "and the query again with each document"
+
+
+def test_windows_are_no_tokens_of_the_tokenizer(ask, monkeypatch):
+    """It reads a document once. Its windows are cut afterwards, so only the limit of the model's tokens is for them."""
+    monkeypatch.setattr(wire, "TOKENIZER_TOKENS", 500)
+    request = {"query": QUERY, "documents": [" ".join(WORDS * 7)], "max_length": 12, "stride": 2}
+    status, answer = ask(request)
+    assert status == 200
+    assert answer["usage"]["total_tokens"] > 500
 
 
 @given(
@@ -420,10 +445,22 @@ def test_init_with_weights_that_tell_no_text_from_another(tiny_folder, tmp_path,
         score.init()
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "many", "1.5", ""])
+@pytest.mark.parametrize("value", ["0", "-1", "many", "1.5"])
 def test_limits_from_the_environment(monkeypatch, value):
     monkeypatch.setenv("RERANKER_MAX_TOKENS", "24000")
     assert wire.Limits.from_environment() == wire.Limits(tokens=24_000)
     monkeypatch.setenv("RERANKER_MAX_DOCUMENTS", value)
     with pytest.raises(ValueError, match=f"RERANKER_MAX_DOCUMENTS is '{value}', expected a positive whole number"):
         wire.Limits.from_environment()
+
+
+@pytest.mark.parametrize("value", ["", "  "])
+def test_an_empty_variable_counts_as_not_set(tiny_folder, monkeypatch, caplog, value):
+    """Pipelines set one to "" where they have nothing to say. An empty device or limit ended `init`."""
+    for name in ("DEVICE", "MODEL_NAME", *(f"MAX_{field.upper()}" for field in wire.Limits._fields)):
+        monkeypatch.setenv(f"RERANKER_{name}", value)
+    monkeypatch.setenv("AZUREML_MODEL_DIR", str(tiny_folder))
+    caplog.set_level(logging.INFO, "azmlinfsrv.score")
+    load_script().init()
+    assert caplog.messages[0].startswith(f"{tiny_folder.name} ready on ")
+    assert str(wire.Limits()) in caplog.messages[0]
