@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from .completeness import cached_folder, check_complete, unreadable_files
-from .hub import hub_status
+from .hub import Answer, ask_hub
 from .quantised import quantise, refuse_int8
 
 if TYPE_CHECKING:
@@ -54,19 +54,31 @@ def load_reranker(
 
     Raises:
         OSError: config, tokenizer or weights are in no folder, nor in the cache, and cannot be downloaded; a file is
-            damaged; weights are missing, or belong to layers that the model does not have; or the tokenizer is not the
-            model's. The message says which.
+            damaged; weights are missing, or belong to layers that the model does not have; the tokenizer is not the
+            model's; or the model has code of its own. The message says which.
         TypeError: the tokenizer is not a fast one.
-        ValueError: the model does not have exactly one label, or `dtype` is unknown, or is int8 where that cannot run.
+        ValueError: the model does not have exactly one label, `model_name` is empty, or `dtype` is unknown, or is int8
+            where that cannot run.
         RuntimeError: the device does not exist.
     """
     model_name = os.fspath(model_name)
     device, device_reason = _choose_device(device)
     int8 = dtype in ("int8", torch.int8)  # loaded in float32, then quantised layer by layer
     dtype, dtype_reason = _choose_dtype("float32" if int8 else dtype, device)
-    # If the hub cannot be reached, Transformers would retry for half a minute.
-    local = os.path.isdir(model_name) or hub_status(model_name, revision) is None
-    source = {"pretrained_model_name_or_path": model_name, "revision": revision, "local_files_only": local}
+    if not model_name.strip():
+        raise ValueError("model_name is empty, expected a name on the Hugging Face Hub or the path of a folder")
+    answer = Answer(None, "") if os.path.isdir(model_name) else ask_hub(model_name, revision)
+    # If the hub cannot be reached or is busy, Transformers would retry for a minute or two.
+    local = answer.status is None
+    if answer.is_busy and cached_folder(model_name, revision):
+        logger.warning("The hub answered %d: taking %s as it is in the cache", answer.status, model_name)
+        local = True
+    source = {
+        "pretrained_model_name_or_path": model_name,
+        "revision": revision,
+        "local_files_only": local,
+        "trust_remote_code": False,  # without it Transformers would ask on stdin
+    }
     try:
         # The config first: a model that cannot rerank is refused before its weights are downloaded.
         config = transformers.AutoConfig.from_pretrained(**source)
@@ -83,7 +95,7 @@ def load_reranker(
     except MemoryError:
         raise
     except Exception as error:  # each format has its own: SafetensorError, UnpicklingError, KeyError, EOFError ...
-        raise OSError(_how_to_get(model_name, revision, error)) from error
+        raise OSError(_how_to_get(model_name, revision, answer, error)) from error
     if config.num_labels != 1:
         raise ValueError(
             f"{model_name} has {config.num_labels} labels, expected 1: it is no reranker with one logit a pair, as "
@@ -134,7 +146,12 @@ def _folder(model_name: str, revision: str | None) -> str | None:
     return model_name if os.path.isdir(model_name) else cached_folder(model_name, revision)
 
 
-def _how_to_get(model_name: str, revision: str | None, error: Exception) -> str:
+def _how_to_get(model_name: str, revision: str | None, answer: Answer, error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return (
+            f"{model_name} has code of its own, which load_reranker does not run. If you trust it, load model and "
+            "tokenizer yourself with trust_remote_code=True, and pass them to rerank"
+        )
     lines = str(error).strip().splitlines()
     reason = (
         lines[0] if isinstance(error, OSError | ValueError) and lines else ": ".join([type(error).__name__, *lines[:1]])
@@ -150,8 +167,15 @@ def _how_to_get(model_name: str, revision: str | None, error: Exception) -> str:
             f"the folder {model_name} holds no complete model: it needs config.json, model.safetensors and the "
             f"tokenizer's files ({'; '.join(faults) or reason})"
         )
+    if answer.refuses:
+        return (
+            f"the hub answered {answer.status} for {model_name}: there is no such model, or it is private or gated, or "
+            "the token in HF_TOKEN or of `hf auth login` has expired. Check the name and the token, or ask for access "
+            "on the model's page"
+        )
     return (
-        f"{model_name} is no folder here, not complete in the local cache, and could not be downloaded ({reason}). "
+        f"{model_name} is no folder here, not complete in the local cache, and could not be downloaded "
+        f"({answer.reason or reason}). "
         "Check the name and the network (proxy: HTTPS_PROXY; mirror: HF_ENDPOINT; HF_HUB_OFFLINE=1 forbids downloads), "
         "or pass the path of a folder with the weights. Without any network, try this tutorial's tests/stand_in_model"
     )

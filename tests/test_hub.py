@@ -1,12 +1,15 @@
 """Reaching the hub: without a way to it the answer comes within seconds, in plain words."""
 
+import hashlib
+import json
 import os
 import socket
 import subprocess
 import sys
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def python(code: str, tmp_path: Path, **environment: str) -> tuple[subprocess.CompletedProcess[str], float]:
     """Run code in a process of its own, because the hub's client reads its settings on import."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "RERANKER_"))}
+    private = ("HF_", "RERANKER_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
+    kept = {name: value for name, value in os.environ.items() if not name.upper().startswith(private)}
     begin = time.monotonic()
     run = subprocess.run(
         [sys.executable, "-c", code],
@@ -24,6 +28,7 @@ def python(code: str, tmp_path: Path, **environment: str) -> tuple[subprocess.Co
         env=kept | {"HF_HOME": str(tmp_path)} | environment,
         capture_output=True,
         text=True,
+        stdin=subprocess.DEVNULL,
         timeout=120,
         check=False,
     )
@@ -58,19 +63,65 @@ def refusing():
 
 class Hub(BaseHTTPRequestHandler):
     def do_HEAD(self):
-        self.send_response(200 if self.path == "/BAAI/bge-reranker-v2-m3/resolve/main/config.json" else 404)
-        self.end_headers()
+        if not self.server.status:
+            self.send_response(200 if self.path == "/BAAI/bge-reranker-v2-m3/resolve/main/config.json" else 404)
+            return self.end_headers()
+        self.send_response(self.server.status)
+        self.send_header("Content-Length", "0")
+        return self.end_headers()
+
+    do_GET = do_HEAD
 
     def log_message(self, *args):
         pass
 
 
-@pytest.fixture
-def answering():
-    with HTTPServer(("127.0.0.1", 0), Hub) as server:
+class Proxy(Hub):
+    """A proxy for `http://hub.invalid`, a hub that serves the files of a folder as any model."""
+
+    def do_HEAD(self):
+        name = self.path.partition("?")[0].rpartition("/")[2]
+        file = self.server.folder / name
+        found = self.path.startswith("http://hub.invalid/") and "/resolve/" in self.path and file.is_file()
+        data = file.read_bytes() if found else b""
+        self.send_response(200 if found else 404)
+        if not found:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        headers = {"X-Repo-Commit": "0" * 40, "ETag": hashlib.sha1(data).hexdigest(), "Content-Length": len(data)}
+        for header, value in headers.items():
+            self.send_header(header, str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
+
+    do_GET = do_HEAD
+
+
+@contextmanager
+def serving(handler, **settings):
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        vars(server).update({"status": None} | settings)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
+
+
+@pytest.fixture
+def answering():
+    with serving(Hub) as url:
+        yield url
+
+
+@pytest.fixture
+def cached(tiny_folder, tmp_path):
+    """A cache that holds all of the model someone/reranker."""
+    snapshot = tmp_path / "hub/models--someone--reranker/snapshots/0123456789abcdef0123456789abcdef01234567"
+    snapshot.mkdir(parents=True)
+    for file in tiny_folder.iterdir():
+        (snapshot / file.name).write_bytes(file.read_bytes())
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs/main").write_text(snapshot.name)
+    return tmp_path
 
 
 def test_a_hub_that_hangs_costs_less_than_ten_seconds(tmp_path, silent):
@@ -116,16 +167,90 @@ def test_loading_without_a_way_to_the_hub(tmp_path, request, hub):
     assert run.stderr == ""
 
 
-def test_a_cached_model_loads_without_a_way_to_the_hub(tiny_folder, tmp_path, silent):
+PRINT = "print(type(load_reranker('someone/reranker').model).__name__, time.monotonic() - begin)"
+
+
+def test_a_cached_model_loads_without_a_way_to_the_hub(cached, silent):
     """On a train, say: the cache has it all, and only looking for a newer version takes a network."""
-    snapshot = tmp_path / "hub/models--someone--reranker/snapshots/0123456789abcdef0123456789abcdef01234567"
-    snapshot.mkdir(parents=True)
-    for file in tiny_folder.iterdir():
-        (snapshot / file.name).write_bytes(file.read_bytes())
-    (snapshot.parent.parent / "refs").mkdir()
-    (snapshot.parent.parent / "refs/main").write_text(snapshot.name)
-    code = f"{LOAD}\nprint(type(load_reranker('someone/reranker').model).__name__, time.monotonic() - begin)"
-    run, _ = python(code, tmp_path, HF_ENDPOINT=silent)
+    run, _ = python(f"{LOAD}\n{PRINT}", cached, HF_ENDPOINT=silent)
     name, seconds = run.stdout.split()
     assert name == "XLMRobertaForSequenceClassification"
     assert float(seconds) < 15
+
+
+def test_a_cached_model_does_not_wait_for_a_busy_hub(cached):
+    """Transformers tries again for one or two minutes before it takes what it has."""
+    with serving(Hub, status=503) as url:
+        run, _ = python(f"{LOAD}\n{PRINT}", cached, HF_ENDPOINT=url)
+    name, seconds = run.stdout.split()
+    assert name == "XLMRobertaForSequenceClassification"
+    assert float(seconds) < 15
+    assert "The hub answered 503: taking someone/reranker as it is in the cache" in run.stderr
+
+
+FAIL = "try: load_reranker({!r})\nexcept (OSError, ValueError) as error: print(time.monotonic() - begin, error)"
+
+
+def test_a_token_that_the_hub_rejects_is_named(cached, tmp_path_factory):
+    """It was "not complete in the local cache", although it was: the line with 401 had been cut off."""
+    for status, folder in [
+        (401, cached),
+        (401, tmp_path_factory.mktemp("empty")),
+        (403, tmp_path_factory.mktemp("no")),
+    ]:
+        with serving(Hub, status=status) as url:
+            code = f"{LOAD}\n{FAIL.format('someone/reranker')}"
+            run, _ = python(code, folder, HF_ENDPOINT=url, HF_TOKEN="hf_secret")
+        assert f"the hub answered {status} for someone/reranker" in run.stdout
+        assert "HF_TOKEN" in run.stdout
+        assert "hf_secret" not in run.stdout + run.stderr
+
+
+def test_the_hub_is_asked_with_its_own_client(tiny_folder, tmp_path):
+    """Behind ALL_PROXY, or with a certificate authority of the company's, Transformers loaded the model, and
+    `load_reranker` said that it "could not be downloaded" without having tried."""
+    with serving(Proxy, folder=tiny_folder) as url:
+        environment = {"HF_ENDPOINT": "http://hub.invalid", "ALL_PROXY": url}
+        run, _ = python(f"{LOAD}\n{PRINT}", tmp_path, **environment)
+        assert run.stdout.startswith("XLMRobertaForSequenceClassification"), run.stderr
+        assert chosen(tmp_path, **environment)[0] == "BAAI/bge-reranker-v2-m3"
+
+
+def test_the_reason_why_the_hub_did_not_answer_is_told(tmp_path, answering):
+    """Here a server that does not speak TLS; a proxy's or a certificate's fault is told in the same way."""
+    code = f"{LOAD}\n{FAIL.format('someone/reranker')}"
+    run, _ = python(code, tmp_path, HF_ENDPOINT=answering.replace("http:", "https:"))
+    assert "SSL" in run.stdout
+    assert "Check the name and the network" in run.stdout
+
+
+def test_the_time_limit_can_be_set(tmp_path, silent):
+    name, seconds = chosen(tmp_path, HF_ENDPOINT=silent, HF_HUB_ETAG_TIMEOUT="1")
+    assert name == "stand-in"
+    assert seconds < 4
+
+
+def test_names_that_no_model_can_have(tmp_path, answering):
+    """The thread that asks the hub printed a traceback before the error."""
+    names = ["my models/bge reranker", "a/b/c", "models\\bge", "-", ""]
+    run, _ = python("\n".join([LOAD, *map(FAIL.format, names)]), tmp_path, HF_ENDPOINT=answering)
+    for name, line in zip(names, run.stdout.splitlines(), strict=True):
+        seconds, _, message = line.partition(" ")
+        assert float(seconds) < 5
+        assert message.startswith(f"{name or 'model_name'} is ")
+    assert run.stderr == ""
+
+
+def test_code_of_a_models_own_is_not_run_and_nobody_is_asked(tmp_path):
+    """Transformers asked on stdin, and after 15 seconds the folder "held no complete model"."""
+    settings = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    run, _ = python(f"{LOAD}\n{FAIL.format(str(tmp_path))}", tmp_path)
+    seconds, _, message = run.stdout.partition(" ")
+    assert float(seconds) < 5
+    assert "has code of its own, which load_reranker does not run" in message
+    assert "with trust_remote_code=True, and pass them to rerank" in message
+
+
+def test_a_variable_that_is_set_but_empty_counts_as_not_set(tmp_path, answering):
+    assert chosen(tmp_path, HF_ENDPOINT=answering, RERANKER_MODEL=" ")[0] == "BAAI/bge-reranker-v2-m3"
