@@ -383,4 +383,4 @@ def test_ctrl_c_is_answered_soon(request):
     begin = time.monotonic()
     _, errors = process.communicate()
     assert "KeyboardInterrupt" in errors
-    assert time.monotonic() - begin < 4  # well under a second on a quiet machine
+    assert time.monotonic() - begin < 10  # well under a second on a quiet machine
