@@ -32,6 +32,7 @@ REGION = "westeurope"
 SCORING = f".{REGION}.inference.ml.azure.com"
 HISTORY = f"{REGION}.api.azureml.ms"
 SUBSCRIPTION = re.compile(r"/subscriptions/([^/]+)/providers/([^/]+)(/locations/[^/]+/usages)?")
+PERMISSIONS = re.compile(r"/subscriptions/[^/]+/resourceGroups/[^/]+/providers/Microsoft\.Authorization/permissions")
 WORKSPACE = re.compile(
     rf"(/subscriptions/([^/]+)/resourceGroups/[^/]+/providers/{ML}/workspaces/([^/]+))/?(.*)", re.IGNORECASE
 )
@@ -91,15 +92,23 @@ class FakeAzure:
     Args:
         quota: cores that the subscription has for each type of machine. Default: enough for two CPU deployments of one
             instance, and none with a GPU, as in a new subscription.
+        total: cores of all types together, for which it has a quota too.
         role: of the caller, one of `ROLES`.
+        group_role: the caller's role on the resource group, if it is another one. With "" the group may not be read.
         unregistered: resource providers that the subscription has not registered.
     """
 
     def __init__(
-        self, quota: dict[str, int] | None = None, role: str = "Contributor", unregistered: tuple[str, ...] = ()
+        self,
+        quota: dict[str, int] | None = None,
+        total: int = 100,
+        role: str = "Contributor",
+        group_role: str | None = None,
+        unregistered: tuple[str, ...] = (),
     ):
-        self.quota = {"Standard_F8s_v2": 32} if quota is None else quota
-        self.role, self.unregistered = role, unregistered
+        self.quota, self.total = {"Standard_F8s_v2": 32} if quota is None else quota, total
+        self.role, self.group_role = role, role if group_role is None else group_role
+        self.unregistered = unregistered
         self.blocked: list[str] = []
         """Hosts that were refused."""
         self.requests: list[tuple[str, str]] = []
@@ -203,11 +212,15 @@ class FakeAzure:
         sent = json.loads(body) if body else {}
         if match := SUBSCRIPTION.fullmatch(path):
             if match[3]:
-                return Answer(200, {"value": usages(self.quota, self._cores())})
+                return Answer(200, {"value": usages(self.quota, self.total, self._cores())})
             state = "NotRegistered" if match[2] in self.unregistered else "Registered"
             return Answer(200, {"namespace": match[2], "registrationState": state})
+        if PERMISSIONS.fullmatch(path):
+            if not self.group_role:
+                raise error(403, "AuthorizationFailed", "The client 'someone' may not read the resource group.")
+            return Answer(200, {"value": [ROLES[self.group_role]]})
         if match := AUTOSCALE.fullmatch(path):
-            self._authorise(request.method, "Microsoft.Insights", match[2], path)
+            self._authorise(self.group_role, request.method, "Microsoft.Insights", match[2], path)
             with self._lock:
                 return self._autoscale(request.method, *match.groups(), sent)
         match = WORKSPACE.fullmatch(path)
@@ -215,7 +228,7 @@ class FakeAzure:
             raise error(404, "InvalidResourceType", f"fake_azure knows no {url.path}")
         workspace, _, name, path = match.groups()
         parts = path.split("/")
-        self._authorise(request.method, ML, path, f"{workspace}/{path}")
+        self._authorise(self.role, request.method, ML, path, f"{workspace}/{path}")
         with self._lock:
             match [request.method, *parts]:
                 case ["GET", ""]:
@@ -271,9 +284,9 @@ class FakeAzure:
                     return Answer(200, self._resources[path])
         raise error(404, "ResourceNotFound", f"fake_azure has no {path} for {request.method}")
 
-    def _authorise(self, method: str, provider: str, path: str, scope: str) -> None:
+    def _authorise(self, role: str, method: str, provider: str, path: str, scope: str) -> None:
         collections = path.split("/")[::2]
-        if not may(self.role, method, provider, collections):
+        if not may(role, method, provider, collections):
             raise error(403, "AuthorizationFailed", forbidden(provider, collections, method, scope))
 
     def _autoscale(self, method: str, scope: str, path: str, sent: dict) -> Answer:
