@@ -191,7 +191,7 @@ def test_from_the_yaml_files_to_the_rows(azure, client, endpoint, tmp_path, tiny
     assert wait(client, job.name) == "Completed"
     assert running.failures >= 1
     client.jobs.download(job.name, download_path=tmp_path, output_name="score")
-    content = (tmp_path / "named-outputs" / "score" / "scores.jsonl").read_text()
+    content = (tmp_path / "scores.jsonl").read_text()  # of the job's one step, which the SDK finds by the job's tag
     rows = [json.loads(row) for row in content.splitlines()]
     assert {row["id"] for row in rows} == ids
     expected = rerank(QUERY, DOCUMENTS, *load_reranker(tiny_folder, device="cpu"))
