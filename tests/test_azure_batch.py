@@ -147,7 +147,7 @@ def test_a_script_in_a_folder_of_microsofts_name_is_not_found(tmp_path, tiny_fol
 def client(azure, tiny_folder):
     azure.quota["Standard_NC4as_T4_v3"] = 8
     client = azure.client()
-    client.environments.create_or_update(load_environment(AZUREML / "environment.yml"))
+    client.environments.create_or_update(load_environment(AZUREML / "environment-batch.yml"))
     client.models.create_or_update(load_model(AZUREML / "model.yml", params_override=[{"path": str(tiny_folder)}]))
     client.compute.begin_create_or_update(load_compute(AZUREML / "batch-compute.yml")).result()
     return client
