@@ -15,7 +15,11 @@ from azure.core.exceptions import ClientAuthenticationError, HttpResponseError, 
 ARM = "https://management.azure.com"
 ML = "Microsoft.MachineLearningServices"
 
-MACHINES = {"Standard_F8s_v2": ("FSv2", 8), "Standard_NC4as_T4_v3": ("NCASv3_T4", 4)}
+MACHINES = {
+    "Standard_F8s_v2": ("FSv2", 8),
+    "Standard_D8as_v4": ("DASv4", 8),
+    "Standard_NC4as_T4_v3": ("NCASv3_T4", 4),
+}
 """The machine's family in Azure's quotas, and its number of cores."""
 
 BUILD = 4
