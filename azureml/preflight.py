@@ -87,8 +87,8 @@ def preflight(client: MLClient, credential: TokenCredential, machine: str) -> li
         if not response.ok:
             return None
         found = response.json()
-        while "nextLink" in found:
-            more = requests.get(found.pop("nextLink"), headers=headers, timeout=30).json()
+        while link := found.pop("nextLink", None):
+            more = requests.get(link, headers=headers, timeout=30).json()
             found = {**more, "value": found["value"] + more["value"]}
         return found
 
