@@ -15,21 +15,30 @@ from azure.core.exceptions import ClientAuthenticationError, HttpResponseError, 
 ARM = "https://management.azure.com"
 ML = "Microsoft.MachineLearningServices"
 
-MACHINES = {"Standard_F8s_v2": ("FSv2", 8), "Standard_NC4as_T4_v3": ("NCASv3_T4", 4)}
+MACHINES = {
+    "Standard_F8s_v2": ("FSv2", 8),
+    "Standard_D8as_v4": ("DASv4", 8),
+    "Standard_NC4as_T4_v3": ("NCASv3_T4", 4),
+}
 """The machine's family in Azure's quotas, and its number of cores."""
+
+BUILD = 4
+"""Cores of the machine that builds an image. Azure chooses it, of any family; on one bill it was an E4ds_v4."""
 
 PROVIDERS = (ML, "Microsoft.PolicyInsights", "Microsoft.Cdn")
 """Resource providers that a subscription must have registered before it can have a managed online endpoint."""
 
 ACTIONS = {
-    f"{ML}/workspaces/models/versions/write": "chapter 7 on",
-    f"{ML}/workspaces/onlineEndpoints/write": "chapters 8 to 15",
-    f"{ML}/workspaces/onlineEndpoints/score/action": "chapters 10 to 16",
-    "Microsoft.Insights/autoscaleSettings/write": "chapter 14",
-    f"{ML}/workspaces/batchEndpoints/write": "chapter 16",
-    f"{ML}/workspaces/computes/write": "chapter 16",
+    "workspace": {
+        f"{ML}/workspaces/models/versions/write": "chapter 7 on",
+        f"{ML}/workspaces/onlineEndpoints/write": "chapters 8 to 15",
+        f"{ML}/workspaces/onlineEndpoints/score/action": "chapters 10 to 16",
+        f"{ML}/workspaces/batchEndpoints/write": "chapter 16",
+        f"{ML}/workspaces/computes/write": "chapter 16",
+    },
+    "resource group": {"Microsoft.Insights/autoscaleSettings/write": "chapter 14"},
 }
-"""Actions that the caller's role must allow, and the chapters that need them."""
+"""Actions that the caller's role must allow, where, and the chapters that need them."""
 
 OFFLINE = "Chapters 1, 2 and 4 to 6 need no account"
 
@@ -78,8 +87,8 @@ def preflight(client: MLClient, credential: TokenCredential, machine: str) -> li
         if not response.ok:
             return None
         found = response.json()
-        while "nextLink" in found:
-            more = requests.get(found.pop("nextLink"), headers=headers, timeout=30).json()
+        while link := found.pop("nextLink", None):
+            more = requests.get(link, headers=headers, timeout=30).json()
             found = {**more, "value": found["value"] + more["value"]}
         return found
 
@@ -99,14 +108,16 @@ def _providers(client: MLClient, get) -> list[Check]:
 
 
 def _role(workspace: str, get) -> list[Check]:
-    found = get(f"{workspace}/providers/Microsoft.Authorization/permissions", "2022-04-01")
     remedy = (
         "Ask for the role Contributor on the resource group; AzureML Data Scientist does for chapters 7 to 13 and 15."
     )
+    scopes = {"workspace": workspace, "resource group": workspace.partition("/providers/")[0]}
     checks = []
-    for action, needed_for in ACTIONS.items():
-        ok = None if found is None else any(_allows(permission, action) for permission in found["value"])
-        checks.append(Check(ok, f"your role, for {needed_for}: {action.partition('/')[2]}", remedy))
+    for where, actions in ACTIONS.items():
+        found = get(f"{scopes[where]}/providers/Microsoft.Authorization/permissions", "2022-04-01")
+        for action, needed_for in actions.items():
+            ok = None if found is None else any(_allows(permission, action) for permission in found["value"])
+            checks.append(Check(ok, f"your role on the {where}, for {needed_for}: {action.partition('/')[2]}", remedy))
     return checks
 
 
@@ -129,17 +140,15 @@ def _quota(location: str, client: MLClient, machine: str, get) -> list[Check]:
     family, cores = MACHINES[machine]
     # Not client.compute.list_usage(): in azure-ai-ml 1.35.2 its current_value is always None.
     found = get(f"/subscriptions/{client.subscription_id}/providers/{ML}/locations/{location}/usages", "2024-04-01")
-    if found is None:
-        return [Check(None, f"quota of {family}", "You may not see it: look in Azure ML Studio, Quota.")]
-    # The list repeats a family for each workspace and cluster that uses it.
-    levels = (f"{ML}/vmFamily/usages", f"{ML}/dedicatedCores/usages")
-    free = {
-        usage["name"]["value"]: math.inf if usage["limit"] < 0 else usage["limit"] - usage["currentValue"]
-        for usage in found["value"]
-        if usage["type"] in levels
-    }
-    of_family = [count for name, count in free.items() if f"{family} Family Cluster Dedicated" in name]
-    left = min([*of_family, free.get("Total Cluster Dedicated Regional vCPUs", math.inf)]) if of_family else 0
+    usages = [] if found is None else found["value"]
+    of_family = _free(usages, f"standard{family.lower()}family")
+    of_all = _free(usages, "totaldedicatedcores", "totalclusterdedicatedregionalvcpus")
+    if of_family is None or of_all is None:
+        remedy = (
+            "Azure shows you no number: look in Azure ML Studio, Quota. A free trial has no cores for Azure ML; with "
+            "pay-as-you-go it gets some."
+        )
+        return [Check(None, f"quota of {family}, and of all dedicated cores", remedy)]
     checks = []
     one = cores * 2  # an instance, and a fifth of the instances, rounded up, that Azure reserves for upgrades
     for needed, what in [
@@ -147,8 +156,29 @@ def _quota(location: str, client: MLClient, machine: str, get) -> list[Check]:
         (2 * one, "a second one beside it, chapter 12"),
         (one + 2 * cores, "a batch job beside the first, chapter 16"),  # on two machines, see batch-deployment.yml
     ]:
+        left = min(of_family, of_all)
         remedy = (
             f"Free are {left} cores. Ask for {needed} of {family} and of all dedicated cores: Azure ML Studio, Quota."
         )
         checks.append(Check(left >= needed, f"quota of {needed} cores of {family} for {what}", remedy))
-    return checks
+    what = f"quota of {BUILD} more cores, of any family, for building the images, chapters 9 and 16"
+    remedy = f"Free are {of_all} of all dedicated cores. Ask for {one + BUILD}: Azure ML Studio, Quota."
+    return [*checks, Check(of_all >= one + BUILD, what, remedy)]
+
+
+def _free(usages: list[dict], *names: str) -> float | None:
+    """Return the dedicated cores that are free where a name starts with one of these, or None if Azure does not say.
+
+    Names are compared in lower case and without blanks. Azure answers with codes, such as standardFSv2Family, which the
+    low-priority cores have too: the tier is in the type. In its REST specification names are labels, such as Standard
+    FSv2 Family Cluster Dedicated vCPUs, and hold the tier; workspaces are listed with them, by the same names.
+    """
+    free = []
+    for usage in usages:
+        name, kind = usage["name"]["value"].lower().replace(" ", ""), usage["type"].lower()
+        if name.startswith(names) and "dedicated" in kind + name and "/workspace" not in kind:
+            limit, current = usage["limit"], usage["currentValue"]
+            if limit is None or current is None:
+                return None
+            free.append(math.inf if limit < 0 else limit - current)
+    return min(free, default=None)

@@ -1,26 +1,28 @@
-"""Both scoring scripts among the packages of Azure's container, and no others: `python tests/azure_container.py`.
+"""A scoring script among the packages of its container, and no others: `python tests/azure_container.py online`.
 
-Run it in an environment made of the pip list of azureml/conda-cpu.yml, as CI does each week:
+Run it in an environment made of the pip list of azureml/conda-cpu.yml, and with `batch` in one of that of
+azureml/conda-batch-cpu.yml, as CI does each week:
 
     sed -n 's/^      - \\([^#]*\\)$/\\1/p' azureml/conda-cpu.yml > container.txt && pip install -r container.txt
 
 The online script runs on Azure's inference server, the batch script is imported as Azure's batch engine does it, beside
-the real azureml-core. Both must rank as the package does here.
+the real azureml-core. Each must rank as the package does here.
 """
 
 import json
+import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
-import azureml.core  # noqa: F401, it must be there, or batch_worker.py would make do with an empty package
-import pandas  # noqa: F401, the batch engine's
 import requests
 from fake_azure import BatchJob, BatchSettings, InferenceServer
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "tests" / "stand_in_model"
 REQUEST = {"query": "what is a panda?", "documents": ["Hi!", "The giant panda is a bear.", "Pandas is a library."]}
+# Without azureml-core batch_worker.py would make do with an empty package.
+PACKAGES = {"online": ["azureml-inference-server-http"], "batch": ["azureml-core", "pandas"]}
 
 
 def online(folder: Path) -> list[float]:
@@ -44,11 +46,16 @@ def batch(folder: Path) -> list[float]:
 
 
 if __name__ == "__main__":
-    for package in ("torch", "transformers", "tokenizers", "azureml-inference-server-http", "azureml-core", "pandas"):
+    script = sys.argv[1]
+    for package in ("torch", "transformers", "tokenizers", *PACKAGES[script]):
         print(f"{package:30} {version(package)}")
     with tempfile.TemporaryDirectory() as name:
-        endpoint, job = online(Path(name)), batch(Path(name))
-    print("online:", [round(logit, 4) for logit in endpoint])
-    print("batch: ", [round(logit, 4) for logit in job])
-    assert max(endpoint) == endpoint[1], "the panda comes first"
-    assert max(abs(a - b) for a, b in zip(endpoint, job, strict=True)) < 1e-4
+        logits = {"online": online, "batch": batch}[script](Path(name))
+    sys.path.insert(0, str(ROOT))  # the package is not installed here
+    from reranker_helpers import load_reranker, rerank
+
+    results = rerank(REQUEST["query"], REQUEST["documents"], *load_reranker(MODEL, device="cpu"))
+    here = [result.score for result in sorted(results, key=lambda result: result.index)]
+    print(f"{script + ':':8}", [round(logit, 4) for logit in logits])
+    print("here:   ", [round(logit, 4) for logit in here])
+    assert max(abs(a - b) for a, b in zip(logits, here, strict=True)) < 1e-4

@@ -94,6 +94,15 @@ def test_a_bad_request_is_424_and_the_real_status_is_in_a_header(ask):
     assert response.json()["error"]["code"] == "MissingField"
 
 
+def test_headers_reach_the_script_and_a_request_has_an_id(ask):
+    """The caller's own id comes back; x-request-id is Azure's, whatever the caller sends, and is in the log."""
+    headers = {"Content-Encoding": "gzip", "x-ms-client-request-id": "mine", "x-request-id": "mine"}
+    response = ask({"query": QUERY, "documents": DOCUMENTS}, **headers)
+    assert response.headers["ms-azureml-model-error-statuscode"] == "415", "the script refuses what says it is gzip"
+    assert response.headers["x-ms-client-request-id"] == "mine"
+    assert len(response.headers["x-request-id"]) == 36
+
+
 def test_a_deployment_that_takes_too_long_is_408(azure, ask, endpoint, monkeypatch):
     settings = azure._resources[f"onlineEndpoints/{endpoint.name}/deployments/blue"]["properties"]["requestSettings"]
     monkeypatch.setitem(settings, "requestTimeout", "PT0.001S")
@@ -126,6 +135,7 @@ def test_large_files_arrive_in_blocks_and_whole(azure, client, tmp_path):
 def test_logs(client, endpoint, ask):
     ask({"query": QUERY, "documents": []})
     log = client.online_deployments.get_logs("blue", endpoint.name, 200)
+    assert log.startswith("Instance status:"), "Azure's own lines come first"
     assert "POST /score 200" in log
     assert "bge-reranker-v2-m3 ready on cpu in torch.float32" in log
 
@@ -169,9 +179,13 @@ def test_more_than_two_requests_at_once_are_too_many(ask):
     """max_concurrent_requests_per_instance is 1, and Azure lets as many wait as are served."""
     request = {"query": QUERY, "documents": [f"the panda {i}" for i in range(300)]}
     with ThreadPoolExecutor(6) as pool:
-        statuses = Counter(response.status_code for response in pool.map(ask, [request] * 6))
+        responses = list(pool.map(ask, [request] * 6))
+    statuses = Counter(response.status_code for response in responses)
     assert statuses[200] >= 2
     assert statuses[429] == 6 - statuses[200] > 0
+    refused = next(response for response in responses if response.status_code == 429)
+    assert refused.text == "", "no JSON, unlike the script's errors"
+    assert refused.headers["ms-azureml-model-error-reason"] == "too_many_pending_request"
 
 
 def test_traffic_to_a_deployment_that_does_not_exist(client, endpoint):

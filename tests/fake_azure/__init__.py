@@ -1,6 +1,7 @@
 """A local Azure for the real Azure SDK: `with FakeAzure(): ...`. README.md says what it checks and what it does not."""
 
 import atexit
+import base64
 import io
 import json
 import math
@@ -17,6 +18,7 @@ from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
 import requests
 import urllib3
+import yaml
 from requests.adapters import HTTPAdapter
 
 from .batch_engine import BatchJob, BatchSettings
@@ -32,6 +34,8 @@ REGION = "westeurope"
 SCORING = f".{REGION}.inference.ml.azure.com"
 HISTORY = f"{REGION}.api.azureml.ms"
 SUBSCRIPTION = re.compile(r"/subscriptions/([^/]+)/providers/([^/]+)(/locations/[^/]+/usages)?")
+OPERATION = re.compile(rf"/subscriptions/[^/]+/providers/{ML}/locations/[^/]+/mfeOperationsStatus/(.+)")
+PERMISSIONS = re.compile(r"/subscriptions/[^/]+/resourceGroups/[^/]+/providers/Microsoft\.Authorization/permissions")
 WORKSPACE = re.compile(
     rf"(/subscriptions/([^/]+)/resourceGroups/[^/]+/providers/{ML}/workspaces/([^/]+))/?(.*)", re.IGNORECASE
 )
@@ -53,10 +57,34 @@ DATASTORE = {
         "containerName": "models",
         "protocol": "https",
         "endpoint": "core.windows.net",
-        "credentials": {"credentialsType": "Sas"},
+        "credentials": {"credentialsType": "AccountKey"},
         "isDefault": True,
     },
 }
+
+# What Azure puts above the last lines of the log.
+STATUS = """Instance status:
+SystemSetup: Succeeded
+UserContainerImagePull: Succeeded
+ModelDownload: Succeeded
+UserContainerStart: {}
+
+Container events:
+Kind: Pod, Name: Started, Type: Normal, Time: 2025-11-04T09:35:39.221305Z, Message: Started container inference-server
+
+Container logs:
+"""
+
+# Headers that belong to one connection, or to Azure.
+NOT_TO_THE_SERVER = (
+    "authorization",
+    "azureml-model-deployment",
+    "connection",
+    "content-length",
+    "host",
+    "x-request-id",
+)
+NOT_FROM_THE_SERVER = ("connection", "date", "server")
 
 send_for_real = HTTPAdapter.send
 
@@ -91,15 +119,23 @@ class FakeAzure:
     Args:
         quota: cores that the subscription has for each type of machine. Default: enough for two CPU deployments of one
             instance, and none with a GPU, as in a new subscription.
+        total: cores of all types together, for which it has a quota too.
         role: of the caller, one of `ROLES`.
+        group_role: the caller's role on the resource group, if it is another one. With "" the group may not be read.
         unregistered: resource providers that the subscription has not registered.
     """
 
     def __init__(
-        self, quota: dict[str, int] | None = None, role: str = "Contributor", unregistered: tuple[str, ...] = ()
+        self,
+        quota: dict[str, int] | None = None,
+        total: int = 100,
+        role: str = "Contributor",
+        group_role: str | None = None,
+        unregistered: tuple[str, ...] = (),
     ):
-        self.quota = {"Standard_F8s_v2": 32} if quota is None else quota
-        self.role, self.unregistered = role, unregistered
+        self.quota, self.total = {"Standard_F8s_v2": 32} if quota is None else quota, total
+        self.role, self.group_role = role, role if group_role is None else group_role
+        self.unregistered = unregistered
         self.blocked: list[str] = []
         """Hosts that were refused."""
         self.requests: list[tuple[str, str]] = []
@@ -109,6 +145,7 @@ class FakeAzure:
         self._metadata: dict[str, dict[str, str]] = {}
         self._servers: dict[str, InferenceServer] = {}
         self._jobs: dict[str, BatchJob] = {}
+        self._children: dict[str, str] = {}
         self._initializers: dict[str, str] = {}
         self._calls: dict[str, int] = {}
         self._busy: dict[str, int] = {}
@@ -203,11 +240,18 @@ class FakeAzure:
         sent = json.loads(body) if body else {}
         if match := SUBSCRIPTION.fullmatch(path):
             if match[3]:
-                return Answer(200, {"value": usages(self.quota, self._cores())})
+                return Answer(200, {"value": usages(self.quota, self.total, self._cores())})
             state = "NotRegistered" if match[2] in self.unregistered else "Registered"
             return Answer(200, {"namespace": match[2], "registrationState": state})
+        if match := OPERATION.fullmatch(path):
+            with self._lock:
+                return Answer(200, {"id": path, "name": match[1], **self._operations[match[1]]()}, Retry_After=0.3)
+        if PERMISSIONS.fullmatch(path):
+            if not self.group_role:
+                raise error(403, "AuthorizationFailed", "The client 'someone' may not read the resource group.")
+            return Answer(200, {"value": [ROLES[self.group_role]]})
         if match := AUTOSCALE.fullmatch(path):
-            self._authorise(request.method, "Microsoft.Insights", match[2], path)
+            self._authorise(self.group_role, request.method, "Microsoft.Insights", match[2], path)
             with self._lock:
                 return self._autoscale(request.method, *match.groups(), sent)
         match = WORKSPACE.fullmatch(path)
@@ -215,7 +259,7 @@ class FakeAzure:
             raise error(404, "InvalidResourceType", f"fake_azure knows no {url.path}")
         workspace, _, name, path = match.groups()
         parts = path.split("/")
-        self._authorise(request.method, ML, path, f"{workspace}/{path}")
+        self._authorise(self.role, request.method, ML, path, f"{workspace}/{path}")
         with self._lock:
             match [request.method, *parts]:
                 case ["GET", ""]:
@@ -223,14 +267,12 @@ class FakeAzure:
                     return Answer(200, {"id": workspace, "name": name, "location": REGION, "properties": properties})
                 case ["GET", "providers", "Microsoft.Authorization", "permissions"]:
                     return Answer(200, {"value": [ROLES[self.role]]})
-                case ["GET", "operations", operation]:
-                    return Answer(200, self._operations[operation](), Retry_After=0.3)
                 case ["GET", "datastores"]:
                     return Answer(200, {"value": [DATASTORE]})
                 case ["GET", "datastores", _]:
                     return Answer(200, DATASTORE)
                 case ["POST", "datastores", _, "listSecrets"]:
-                    return Answer(200, {"secretsType": "Sas", "sasToken": "sig=fake"})
+                    return Answer(200, {"secretsType": "AccountKey", "key": base64.b64encode(b"fake").decode()})
                 case ["POST", "codes", code, "versions", _, "startPendingUpload"]:
                     blob = f"https://{STORAGE}/code-{code}"
                     credential = {"credentialType": "SAS", "sasUri": f"{blob}?sig=fake"}
@@ -243,22 +285,28 @@ class FakeAzure:
                     deployment = path.removesuffix("/getLogs")
                     if sent.get("containerType") == "StorageInitializer" and deployment in self._initializers:
                         return Answer(200, {"content": self._initializers[deployment]})
-                    if deployment in self._servers:
-                        return Answer(200, {"content": self._servers[deployment].tail(sent["tail"])})
+                    if server := self._servers.get(deployment):
+                        status = STATUS.format("Succeeded" if server.process.poll() is None else "Failed")
+                        return Answer(200, {"content": status + server.tail(sent["tail"])})
                 case ["PUT", "onlineEndpoints", endpoint]:
                     return self._put_endpoint(workspace, path, endpoint, sent)
                 case ["PUT", "onlineEndpoints", endpoint, "deployments", deployment]:
                     return self._put_deployment(workspace, path, endpoint, deployment, sent)
                 case ["PUT", "batchEndpoints", endpoint]:
                     sent["properties"]["scoringUri"] = f"https://{endpoint}{SCORING}/jobs"
-                    return self._done(workspace, self._keep(workspace, path, sent))
+                    return self._put(workspace, path, sent)
                 case ["PUT", "batchEndpoints", _, "deployments", _]:
                     self._check_registered(workspace, path, sent["properties"])
-                    return self._done(workspace, self._keep(workspace, path, sent))
+                    return self._put(workspace, path, sent)
                 case ["PUT", "computes", _]:
-                    return self._done(workspace, self._keep(workspace, path, sent))
+                    return self._put(workspace, path, sent)
                 case ["GET", "jobs", job] if job in self._jobs:
                     return Answer(200, self._describe_job(workspace, job))
+                case ["PUT", "environments", _, "versions", _]:
+                    # Sent as YAML, it comes back as JSON.
+                    conda = yaml.safe_load(sent["properties"]["condaFile"])
+                    sent["properties"]["condaFile"] = json.dumps(conda, indent=2)
+                    return Answer(201, self._keep(workspace, path, sent))
                 case ["PUT", _, _, "versions", _]:
                     return Answer(201, self._keep(workspace, path, sent))
                 case ["DELETE", "onlineEndpoints" | "batchEndpoints" | "computes", *_]:
@@ -271,9 +319,9 @@ class FakeAzure:
                     return Answer(200, self._resources[path])
         raise error(404, "ResourceNotFound", f"fake_azure has no {path} for {request.method}")
 
-    def _authorise(self, method: str, provider: str, path: str, scope: str) -> None:
+    def _authorise(self, role: str, method: str, provider: str, path: str, scope: str) -> None:
         collections = path.split("/")[::2]
-        if not may(self.role, method, provider, collections):
+        if not may(role, method, provider, collections):
             raise error(403, "AuthorizationFailed", forbidden(provider, collections, method, scope))
 
     def _autoscale(self, method: str, scope: str, path: str, sent: dict) -> Answer:
@@ -293,11 +341,29 @@ class FakeAzure:
         self._resources[path] = resource
         return resource
 
-    def _long_running(self, workspace: str, status: int, resource: dict | None, poll: Callable[[], dict]) -> Answer:
-        operation = str(uuid.uuid4())
+    def _put(
+        self, workspace: str, path: str, sent: dict, poll: Callable[[], dict] = lambda: {"status": "Succeeded"}
+    ) -> Answer:
+        """Keep a resource, and answer as when the operation begins: not ready, and a new endpoint has no address."""
+        state = "Updating" if path in self._resources else "Creating"
+        resource = self._keep(workspace, path, sent)
+        begun = {**resource["properties"], "provisioningState": state}
+        if state == "Creating" and "scoringUri" in begun:
+            begun["scoringUri"] = None
+        return self._long_running(workspace, 201, {**resource, "properties": begun}, resource["id"], poll)
+
+    def _long_running(
+        self, workspace: str, status: int, resource: dict | None, location: str, poll: Callable[[], dict]
+    ) -> Answer:
+        operation = f"oe:{uuid.uuid4()}"
         self._operations[operation] = poll
-        location = f"https://{ARM}{workspace}/operations/{operation}?api-version=fake"
-        return Answer(status, resource, Azure_AsyncOperation=location, Location=location, Retry_After=1)
+        poll_at = f"https://{ARM}{self._region(workspace)}/mfeOperationsStatus/{operation}?api-version=fake"
+        location = f"https://{ARM}{location}?api-version=fake"
+        # Azure sends no Retry-After, and the SDK asks every 5 s.
+        return Answer(status, resource, Azure_AsyncOperation=poll_at, Location=location, Retry_After=1)
+
+    def _region(self, workspace: str) -> str:
+        return f"{workspace.partition('/resourceGroups/')[0]}/providers/{ML}/locations/{REGION}"
 
     def _put_endpoint(self, workspace: str, path: str, endpoint: str, sent: dict) -> Answer:
         if self.unregistered:
@@ -312,10 +378,7 @@ class FakeAzure:
         if unknown:
             raise error(400, "BadRequest", f"traffic names deployments that do not exist: {unknown}")
         sent["properties"]["scoringUri"] = f"https://{endpoint}{SCORING}/score"
-        return self._done(workspace, self._keep(workspace, path, sent))
-
-    def _done(self, workspace: str, resource: dict) -> Answer:
-        return self._long_running(workspace, 201, resource, lambda: {"status": "Succeeded"})
+        return self._put(workspace, path, sent)
 
     def _check_registered(self, workspace: str, path: str, properties: dict) -> tuple[str, str]:
         """Raise 404 unless what a deployment names is registered. Return the keys of its model and its code."""
@@ -335,7 +398,6 @@ class FakeAzure:
         self._check_quota(workspace, path, sent)
         if path in self._servers:
             self._servers.pop(path).stop()
-        resource = self._keep(workspace, path, sent)
         failure = None
         try:
             self._servers[path] = self._start(model, code, properties, f"{endpoint}-{deployment}")
@@ -350,11 +412,11 @@ class FakeAzure:
                 return {"status": "Succeeded"}
             crash = {"code": "ResourceNotReady", "message": "User container has crashed: see the deployment's logs."}
             if failure or server is None or server.process.poll() is not None:
-                resource["properties"]["provisioningState"] = "Failed"
+                self._resources[path]["properties"]["provisioningState"] = "Failed"
                 return {"status": "Failed", "error": failure or crash}
-            return {"status": "InProgress"}
+            return {"status": "Updating"}
 
-        return self._long_running(workspace, 201, resource, poll)
+        return self._put(workspace, path, sent, poll)
 
     def _cores(self, but: str = "") -> dict[str, int]:
         """Return the cores in use. Azure keeps a fifth of the instances, rounded up, in reserve for upgrades."""
@@ -418,13 +480,14 @@ class FakeAzure:
         (data,) = json.loads(body)["properties"]["inputData"].values()
         workspace = deployment["id"].removesuffix(f"/{path}/deployments/{chosen}")
         model, code = self._check_registered(workspace, f"{path}/deployments/{chosen}", properties)
-        job = str(uuid.uuid4())
+        job, child = f"batchjob-{uuid.uuid4()}", str(uuid.uuid4())
+        self._children[job] = child
         app_root, model_dir = self._lay_out(model, code, name)
         self._jobs[job] = BatchJob(
             app_root / "code",
             properties["codeConfiguration"]["scoringScript"],
             sorted(file for file in self._blobs(data["uri"]).rglob("*") if file.is_file()),
-            self._root / "blobs" / "models" / "azureml" / job / "score" / properties["outputFileName"],
+            self._root / "blobs" / "models" / "azureml" / child / "score" / properties["outputFileName"],
             settings,
             properties["environmentVariables"] | {"AZUREML_MODEL_DIR": str(model_dir)},
             app_root.parent / "log.txt",
@@ -440,14 +503,18 @@ class FakeAzure:
         return Answer(201, self._describe_job(workspace, job))
 
     def _describe_job(self, workspace: str, job: str) -> dict:
-        properties = {"jobType": "Pipeline", "status": self._jobs[job].status, "properties": {}, "tags": {}}
+        tags = {"azureml.batchrun": "true", "azureml.jobtype": "azureml.batchjob"}
+        properties = {"jobType": "Pipeline", "status": self._jobs[job].status, "properties": {}, "tags": tags}
         return {"id": f"{workspace}/jobs/{job}", "name": job, "properties": properties}
 
     def _describe_run(self, request: requests.PreparedRequest, url: SplitResult, body: bytes) -> Answer:
-        """The run history, where the SDK looks up a job's outputs. They have no names, so it looks where they are."""
+        """The run history: a batch job is a pipeline of one step, and what the step wrote lies under the step's id."""
         if url.path == "/discovery":
             return Answer(200, dict.fromkeys(("api", "history"), f"https://{HISTORY}"))
-        return Answer(200, {"runMetadata": {"outputs": {}}})
+        if match := re.fullmatch(r".*/runs/([^/]+)/children", url.path):
+            step = {"runId": self._children[match[1]], "name": "batchscoring", "status": self._jobs[match[1]].status}
+            return Answer(200, {"value": [step]})
+        return Answer(200, {"runMetadata": {"outputs": None}})  # the SDK looks where they are
 
     def _delete(self, workspace: str, path: str) -> Answer:
         if path not in self._resources:
@@ -456,13 +523,15 @@ class FakeAzure:
             del self._resources[key]
             if key in self._servers:
                 self._servers.pop(key).stop()
-        return self._long_running(workspace, 202, None, lambda: {"status": "Succeeded"})
+        location = f"{self._region(workspace)}/mfeOperationResults/{uuid.uuid4()}"
+        return self._long_running(workspace, 202, None, location, lambda: {"status": "Succeeded"})
 
     def _store(self, request: requests.PreparedRequest, url: SplitResult, body: bytes) -> Answer:
         """Blob storage, on disk."""
         query = parse_qs(url.query)
-        if query.get("sig") != ["fake"]:
-            raise error(403, "AuthenticationFailed", "the shared access signature is missing")
+        signed = request.headers.get("Authorization", "").startswith("SharedKey fakeaccount:")
+        if not signed and query.get("sig") != ["fake"]:
+            raise error(403, "AuthenticationFailed", "the account's key or a shared access signature is missing")
         path = unquote(url.path).strip("/")
         file = self._root / "blobs" / path
         blocks = self._root / "blocks" / path
@@ -534,7 +603,9 @@ class FakeAzure:
         allowed = 2 * settings["maxConcurrentRequestsPerInstance"] * self._resources[path]["sku"]["capacity"]
         with self._lock:
             if self._busy.get(path, 0) >= allowed:
-                raise error(429, "TooManyRequests", f"{allowed} requests are in the deployment already.")
+                busy = Answer(429, ms_azureml_model_error_reason="too_many_pending_request")
+                busy.headers["Content-Type"] = "text/plain"
+                raise busy
             self._busy[path] = self._busy.get(path, 0) + 1
         try:
             return self._forward(request, server, deployment, settings, body)
@@ -550,7 +621,8 @@ class FakeAzure:
         settings: dict,
         body: bytes,
     ) -> Answer:
-        headers = {k: v for k, v in request.headers.items() if k.lower() == "content-type"}
+        headers = {k: v for k, v in request.headers.items() if k.lower() not in NOT_TO_THE_SERVER}
+        headers["x-request-id"] = str(uuid.uuid4())
         try:
             reply = requests.request(
                 request.method, server.url, data=body, headers=headers, timeout=seconds(settings["requestTimeout"])
@@ -559,8 +631,7 @@ class FakeAzure:
             raise error(408, "RequestTimeout", "The deployment did not answer in request_timeout_ms.") from None
         answer = Answer(reply.status_code if reply.ok else 424, None, azureml_model_deployment=deployment)
         answer.body = reply.content
-        kept = ("content-type", "content-length")
-        answer.headers |= {key.title(): value for key, value in reply.headers.items() if key.lower() in kept}
+        answer.headers |= {k.title(): v for k, v in reply.headers.items() if k.lower() not in NOT_FROM_THE_SERVER}
         if not reply.ok:
             answer.headers["ms-azureml-model-error-reason"] = "model_error"
             answer.headers["ms-azureml-model-error-statuscode"] = str(reply.status_code)

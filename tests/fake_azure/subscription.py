@@ -1,7 +1,11 @@
 """What Azure says about a subscription and a caller: registered providers, roles, quota."""
 
 ML = "Microsoft.MachineLearningServices"
-FAMILIES = {"Standard_F8s_v2": "Standard FSv2", "Standard_NC4as_T4_v3": "Standard NCASv3_T4"}
+# The code and the label of a machine's family: the one has blanks where Azure has them.
+FAMILIES = {
+    "Standard_F8s_v2": ("standardFSv2Family", "Standard FSv2"),
+    "Standard_NC4as_T4_v3": ("Standard NCASv3_T4 Family", "Standard  NCASv3_T4 "),
+}
 CORES = {"Standard_F8s_v2": 8, "Standard_NC4as_T4_v3": 4}
 
 # As Azure defines them, shortened: what this local Azure does not have is left out.
@@ -47,17 +51,22 @@ def no_quota(machine: str, subscription: str, used: int, limit: int, needed: int
     )
 
 
-def usages(quota: dict[str, int], used: dict[str, int]) -> list[dict]:
-    """The list of quotas: a family is named again for each workspace and cluster that uses it."""
+def usages(quota: dict[str, int], total: int, used: dict[str, int]) -> list[dict]:
+    """The list of quotas as recorded: low priority has the same names again, and its families no limit of their own."""
 
-    def usage(level: str, name: str, current: int, limit: int) -> dict:
-        return {"type": f"{ML}/{level}", "currentValue": current, "limit": limit, "name": {"value": name}}
+    def usage(kind: str, name: str, label: str, current: int, limit: int) -> dict:
+        names = {"value": name, "localizedValue": label}
+        return {"type": f"{ML}/{kind}/usages", "unit": "Count", "currentValue": current, "limit": limit, "name": names}
 
-    total = "Total Cluster Dedicated Regional vCPUs"
-    listed = [usage("dedicatedCores/usages", total, sum(used.values()), max(100, sum(quota.values())))]
-    for machine, family in FAMILIES.items():
-        name, current = f"{family} Family Cluster Dedicated vCPUs", used.get(machine, 0)
-        listed.append(usage("vmFamily/usages", name, current, quota.get(machine, 0)))
-        listed.append(usage("workspaces/usages", name, current, -1))
-        listed.append(usage("vmFamily/usages", f"{family} Family Cluster LowPriority vCPUs", 0, -1))
+    label = "Total Cluster Dedicated Regional vCPUs"
+    listed = [
+        usage("totalClusters", "TotalClusters", "Total Clusters", 0, 200),
+        usage("totalDedicatedCores", "TotalDedicatedCores", label, sum(used.values()), total),
+        usage("totalLowPriorityCores", "TotalLowPriorityCores", "Total Cluster LowPriority Regional vCPUs", 0, 0),
+    ]
+    for machine, (code, label) in FAMILIES.items():
+        dedicated, low = f"{label} Family Cluster Dedicated vCPUs", f"{label} Family Cluster LowPriority vCPUs"
+        current, limit = used.get(machine, 0), quota.get(machine, 0)
+        listed.append(usage("vmFamily/dedicatedCores", code, dedicated, current, limit))
+        listed.append(usage("vmFamily/lowPriorityCores", code, low, 0, -1))
     return listed
