@@ -190,7 +190,8 @@ def test_from_the_yaml_files_to_the_rows(azure, client, endpoint, tmp_path, tiny
     os.kill(min(running.processes), signal.SIGKILL)
     assert wait(client, job.name) == "Completed"
     assert running.failures >= 1
-    client.jobs.download(job.name, download_path=tmp_path, output_name="score")
+    (step,) = client.jobs.list(parent_job_name=job.name)
+    client.jobs.download(step.name, download_path=tmp_path, output_name="score")
     content = (tmp_path / "named-outputs" / "score" / "scores.jsonl").read_text()
     rows = [json.loads(row) for row in content.splitlines()]
     assert {row["id"] for row in rows} == ids

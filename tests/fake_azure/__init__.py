@@ -19,6 +19,7 @@ import requests
 import urllib3
 from requests.adapters import HTTPAdapter
 
+from . import monitor
 from .batch_engine import BatchJob, BatchSettings
 from .inference_server import InferenceServer
 from .subscription import CORES, ML, ROLES, forbidden, may, no_quota, usages
@@ -109,6 +110,8 @@ class FakeAzure:
         self._metadata: dict[str, dict[str, str]] = {}
         self._servers: dict[str, InferenceServer] = {}
         self._jobs: dict[str, BatchJob] = {}
+        self._children: dict[str, str] = {}
+        """A batch endpoint's job has one step, a job of its own, and that has the output."""
         self._initializers: dict[str, str] = {}
         self._calls: dict[str, int] = {}
         self._busy: dict[str, int] = {}
@@ -206,6 +209,11 @@ class FakeAzure:
                 return Answer(200, {"value": usages(self.quota, self._cores())})
             state = "NotRegistered" if match[2] in self.unregistered else "Registered"
             return Answer(200, {"namespace": match[2], "registrationState": state})
+        if match := monitor.RESOURCE.fullmatch(path):
+            self._authorise(request.method, "Microsoft.Insights", match["name"], path)
+            version = parse_qs(url.query)["api-version"][0]
+            with self._lock:
+                return Answer(*monitor.answer(request.method, path, version, sent, self._resources))
         if match := AUTOSCALE.fullmatch(path):
             self._authorise(request.method, "Microsoft.Insights", match[2], path)
             with self._lock:
@@ -219,7 +227,8 @@ class FakeAzure:
         with self._lock:
             match [request.method, *parts]:
                 case ["GET", ""]:
-                    properties = {"discoveryUrl": f"https://{HISTORY}/discovery"}
+                    insights = f"{workspace.partition(ML)[0]}Microsoft.Insights/components/insights"
+                    properties = {"discoveryUrl": f"https://{HISTORY}/discovery", "applicationInsights": insights}
                     return Answer(200, {"id": workspace, "name": name, "location": REGION, "properties": properties})
                 case ["GET", "providers", "Microsoft.Authorization", "permissions"]:
                     return Answer(200, {"value": [ROLES[self.role]]})
@@ -418,13 +427,14 @@ class FakeAzure:
         (data,) = json.loads(body)["properties"]["inputData"].values()
         workspace = deployment["id"].removesuffix(f"/{path}/deployments/{chosen}")
         model, code = self._check_registered(workspace, f"{path}/deployments/{chosen}", properties)
-        job = str(uuid.uuid4())
+        job, step = str(uuid.uuid4()), str(uuid.uuid4())
         app_root, model_dir = self._lay_out(model, code, name)
-        self._jobs[job] = BatchJob(
+        self._children[job] = step
+        self._jobs[job] = self._jobs[step] = BatchJob(
             app_root / "code",
             properties["codeConfiguration"]["scoringScript"],
             sorted(file for file in self._blobs(data["uri"]).rglob("*") if file.is_file()),
-            self._root / "blobs" / "models" / "azureml" / job / "score" / properties["outputFileName"],
+            self._root / "blobs" / "models" / "azureml" / step / "score" / properties["outputFileName"],
             settings,
             properties["environmentVariables"] | {"AZUREML_MODEL_DIR": str(model_dir)},
             app_root.parent / "log.txt",
@@ -447,6 +457,9 @@ class FakeAzure:
         """The run history, where the SDK looks up a job's outputs. They have no names, so it looks where they are."""
         if url.path == "/discovery":
             return Answer(200, dict.fromkeys(("api", "history"), f"https://{HISTORY}"))
+        if url.path.endswith("/children"):
+            child = self._children.get(url.path.split("/")[-2])
+            return Answer(200, {"value": [{"runId": child, "status": self._jobs[child].status}] if child else []})
         return Answer(200, {"runMetadata": {"outputs": {}}})
 
     def _delete(self, workspace: str, path: str) -> Answer:
