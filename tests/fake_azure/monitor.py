@@ -31,6 +31,8 @@ METRICS = {
 }
 NAMESPACE = "Microsoft.MachineLearningServices/workspaces/onlineEndpoints"
 CRITERIA = "Microsoft.Azure.Monitor.MultipleResourceMultipleMetricCriteria"
+CRITERION = {"name", "metricNamespace", "metricName", "dimensions", "criterionType", "timeAggregation"}
+CRITERION |= {"operator", "threshold", "skipMetricValidation"}
 FREQUENCIES = ["PT1M", "PT5M", "PT15M", "PT30M", "PT1H"]
 WINDOWS = [*FREQUENCIES, "PT6H", "PT12H", "P1D"]
 DESTINATION = "/subscriptions/{}/resourceGroups/logs/providers/Microsoft.OperationalInsights/workspaces/logs"
@@ -45,26 +47,31 @@ def answer(method: str, path: str, version: str, sent: dict, resources: dict[str
         return 400, {"error": {"code": "InvalidApiVersionParameter", "message": message}}
     if kind == "components":
         return 200, {"id": path, "properties": {"WorkspaceResourceId": DESTINATION.format(path.split("/")[2])}}
+    if match["endpoint"] and match["endpoint"] not in resources:
+        return 404, _missing(match["endpoint"])
     if method == "DELETE":
         return (200 if resources.pop(path, None) else 204), None
-    missing = {"code": "ResourceNotFound", "message": f"The Resource '{match['name']}' was not found."}
     if method == "GET":
-        return (200, resources[path]) if path in resources else (404, missing)
+        return (200, resources[path]) if path in resources else (404, _missing(match["name"]))
     if kind == "metricAlerts":
-        targets = {scope.partition("/workspaces/")[2].partition("/")[2] for scope in sent["properties"]["scopes"]}
+        for scope in sent["properties"]["scopes"]:
+            if scope.partition("/workspaces/")[2].partition("/")[2] not in resources:
+                return 404, _missing(scope)
         fault = _alert_fault(sent)
     else:
-        targets, fault = {match["endpoint"]}, _diagnostics_fault(sent["properties"])
-    if not targets <= resources.keys():
-        return 404, {"code": "ResourceNotFound", "message": f"The Resource '{targets}' was not found."}
+        fault = _diagnostics_fault(sent["properties"])
     if fault:
         return 400, {"code": "BadRequest", "message": fault}
     resources[path] = {"id": path, "name": path.split("/")[-1], "type": f"Microsoft.Insights/{kind}", **sent}
     return 200, resources[path]
 
 
+def _missing(resource: str) -> dict:
+    return {"code": "ResourceNotFound", "message": f"The Resource '{resource}' was not found."}
+
+
 def _diagnostics_fault(properties: dict) -> str | None:
-    if "Microsoft.OperationalInsights/workspaces/" not in properties.get("workspaceId", ""):
+    if "Microsoft.OperationalInsights/workspaces/" not in (properties.get("workspaceId") or ""):
         return "At least one data sink needs to be specified."
     if unknown := properties.keys() - {"workspaceId", "logs", "metrics", "logAnalyticsDestinationType"}:
         return f"Could not find member {unknown}"
@@ -81,6 +88,8 @@ def _alert_fault(sent: dict) -> str | None:
     required = {"enabled", "description", "severity", "evaluationFrequency", "windowSize", "criteria"}
     if lacking := required - properties.keys():
         return f"Required properties not found in JSON: {sorted(lacking)}"
+    if unknown := properties.keys() - required - {"scopes", "actions", "autoMitigate"}:
+        return f"Could not find member {unknown}"
     if sent.get("location") != "global" or properties["severity"] not in range(5):
         return "The location of a metric alert is 'global', and its severity 0 to 4."
     window, frequency = properties["windowSize"], properties["evaluationFrequency"]
@@ -90,6 +99,8 @@ def _alert_fault(sent: dict) -> str | None:
     if criteria.get("odata.type") != CRITERIA:
         return f"The criteria's odata.type is {criteria.get('odata.type')}"
     for criterion in criteria["allOf"]:
+        if unknown := criterion.keys() - CRITERION:
+            return f"Could not find member {unknown}"
         name = criterion["metricName"]
         if name not in METRICS or criterion["metricNamespace"] != NAMESPACE:
             return f"Couldn't find a metric named {name}. Make sure the name is correct."
