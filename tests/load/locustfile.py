@@ -52,7 +52,7 @@ class Searcher(HttpUser):
 
     def on_start(self):
         self.token = None
-        if self.host.endswith(".ml.azure.com"):
+        if self.host.rstrip("/").endswith(".ml.azure.com"):
             from azure.identity import DefaultAzureCredential, get_bearer_token_provider
 
             self.token = get_bearer_token_provider(DefaultAzureCredential(), "https://ml.azure.com/.default")
