@@ -33,10 +33,14 @@ ACTIONS = {
         f"{ML}/workspaces/models/versions/write": "chapter 7 on",
         f"{ML}/workspaces/onlineEndpoints/write": "chapters 8 to 15",
         f"{ML}/workspaces/onlineEndpoints/score/action": "chapters 10 to 16",
+        "Microsoft.Insights/diagnosticSettings/write": "chapter 13",
         f"{ML}/workspaces/batchEndpoints/write": "chapter 16",
         f"{ML}/workspaces/computes/write": "chapter 16",
     },
-    "resource group": {"Microsoft.Insights/autoscaleSettings/write": "chapter 14"},
+    "resource group": {
+        "Microsoft.Insights/metricAlerts/write": "chapter 13",
+        "Microsoft.Insights/autoscaleSettings/write": "chapter 14",
+    },
 }
 """Actions that the caller's role must allow, where, and the chapters that need them."""
 

@@ -21,6 +21,7 @@ import urllib3
 import yaml
 from requests.adapters import HTTPAdapter
 
+from . import monitor
 from .batch_engine import BatchJob, BatchSettings
 from .inference_server import InferenceServer
 from .subscription import CORES, ML, ROLES, forbidden, may, no_quota, usages
@@ -250,6 +251,12 @@ class FakeAzure:
             if not self.group_role:
                 raise error(403, "AuthorizationFailed", "The client 'someone' may not read the resource group.")
             return Answer(200, {"value": [ROLES[self.group_role]]})
+        if match := monitor.RESOURCE.fullmatch(path):
+            role = self.role if match["endpoint"] else self.group_role
+            self._authorise(role, request.method, "Microsoft.Insights", match["name"], path)
+            version = parse_qs(url.query)["api-version"][0]
+            with self._lock:
+                return Answer(*monitor.answer(request.method, path, version, sent, self._resources))
         if match := AUTOSCALE.fullmatch(path):
             self._authorise(self.group_role, request.method, "Microsoft.Insights", match[2], path)
             with self._lock:
@@ -263,7 +270,8 @@ class FakeAzure:
         with self._lock:
             match [request.method, *parts]:
                 case ["GET", ""]:
-                    properties = {"discoveryUrl": f"https://{HISTORY}/discovery"}
+                    insights = f"{workspace.partition(ML)[0]}Microsoft.Insights/components/insights"
+                    properties = {"discoveryUrl": f"https://{HISTORY}/discovery", "applicationInsights": insights}
                     return Answer(200, {"id": workspace, "name": name, "location": REGION, "properties": properties})
                 case ["GET", "providers", "Microsoft.Authorization", "permissions"]:
                     return Answer(200, {"value": [ROLES[self.role]]})
