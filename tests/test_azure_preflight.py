@@ -87,24 +87,28 @@ def test_quotas_without_a_number_are_unknown(monkeypatch, answer):
 
 
 def test_a_data_scientist_may_not_make_a_cluster():
-    """The role's notActions have computes/*/write; autoscale is another provider's."""
+    """The role's notActions have computes/*/write; monitoring and autoscale are another provider's."""
     found = missing(look(role="AzureML Data Scientist"))
     assert "on the workspace, for chapter 16: workspaces/computes/write" in found
+    assert "on the workspace, for chapter 13: diagnosticSettings/write" in found
+    assert "on the resource group, for chapter 13: metricAlerts/write" in found
     assert "on the resource group, for chapter 14: autoscaleSettings/write" in found
-    assert found.count("MISSING") == 2
+    assert found.count("MISSING") == 4
     assert "Contributor" in found
 
 
-def test_an_autoscale_setting_is_written_to_the_resource_group():
+def test_alerts_and_autoscale_settings_are_written_to_the_resource_group():
     """A Contributor on the workspace may not, whether the group can be read or not."""
-    assert "autoscaleSettings/write" in missing(look(group_role="Reader"))
-    (unknown,) = [check for check in look(group_role="") if not check.ok]
-    assert unknown.ok is None
-    assert "autoscaleSettings/write" in unknown.what
+    found = missing(look(group_role="Reader"))
+    unknown = [check for check in look(group_role="") if check.ok is None]
+    for name in ("metricAlerts/write", "autoscaleSettings/write"):
+        assert name in found
+        assert any(name in check.what for check in unknown)
+    assert len(unknown) == found.count("MISSING") == 2
 
 
 def test_what_the_roles_may_is_what_the_local_azure_lets_them_do():
-    for role, count in (("Reader", 6), ("Contributor", 0)):
+    for role, count in (("Reader", 8), ("Contributor", 0)):
         assert missing(look(role=role)).count("your role") == count
     for role in ("Reader", "AzureML Data Scientist"):
         with FakeAzure(role=role) as azure:
