@@ -7,79 +7,80 @@ from pathlib import Path
 from threading import Thread
 from typing import NamedTuple
 
-from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.utils import build_hf_headers, get_session, get_token_to_send
 
 SECONDS = 5.0
-"""How long to wait for the hub's answer, unless the environment variable HF_HUB_ETAG_TIMEOUT says otherwise."""
+"""How long to wait for the hub's answer, unless HF_HUB_ETAG_TIMEOUT is set."""
 
 
 class Answer(NamedTuple):
-    """What the hub answered."""
+    """What the hub says about a model."""
 
     status: int | None
-    """The HTTP status, or None without an answer."""
-    reason: str
-    """Why there was no answer, in one line, or ""."""
-
-    @property
-    def refuses(self) -> bool:
-        """Whether it wants another token, or none at all."""
-        return self.status in (401, 403)
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether it may answer otherwise later."""
-        return self.status is not None and (self.status == 429 or self.status >= 500)
+    """The HTTP status; None if there was no answer."""
+    trouble: str | None
+    """Why the model can't be downloaded, in one line; None if it can."""
 
 
 def ask_hub(model_name: str, revision: str | None = None) -> Answer:
-    """Ask the hub for a model's config.json, with the hub's own client: its proxies, certificates and token.
+    """Ask for a model's config.json, once, with the session, token and endpoint of huggingface_hub.
 
-    The hub is the one that HF_ENDPOINT names. With HF_HUB_OFFLINE=1 it is not asked.
+    With HF_HUB_OFFLINE=1 the hub is not asked. The answer takes at most 5 seconds, or HF_HUB_ETAG_TIMEOUT.
 
     Args:
         model_name: a name on the hub, such as "BAAI/bge-reranker-v2-m3".
         revision: branch, tag or commit. Default: main.
+
+    Raises:
+        ValueError: no model on the hub can have that name.
     """
+    url = hf_hub_url(model_name, "config.json", revision=revision)
     if constants.HF_HUB_OFFLINE:
         return Answer(None, "HF_HUB_OFFLINE is set")
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.utils import build_hf_headers, get_session, validate_repo_id
-
     seconds = constants.HF_HUB_ETAG_TIMEOUT if os.environ.get("HF_HUB_ETAG_TIMEOUT") else SECONDS
-    answers = []
+    token = get_token_to_send(None)  # not in the thread: Google Colab may ask the user for it
+    answers = [Answer(None, f"no answer within {seconds:g} seconds")]
 
     def ask() -> None:
         try:
-            validate_repo_id(model_name)
-            url = hf_hub_url(model_name, "config.json", revision=revision)
-            # `request`, since `head` of older clients follows no redirects
-            response = get_session().request("HEAD", url, headers=build_hf_headers(), timeout=seconds)
-            answers.append(Answer(response.status_code, ""))
-        except Exception as error:  # of whichever client the user has chosen
-            answers.append(Answer(None, " ".join(f"{type(error).__name__}: {error}".split())[:300]))
+            headers = build_hf_headers(token=token)  # in the thread, because huggingface_hub 2 asks the hub for a part
+            # Not `head`, which follows redirects in httpx, but not in requests. The wait below always ends first.
+            response = get_session().request("HEAD", url, headers=headers, timeout=seconds + 1)
+        except Exception as error:  # whatever this version's session raises, or the user's own
+            while inner := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
+                error = inner  # the first cause says it best: requests wraps it three times
+            words = (str(error).strip() or type(error).__name__).splitlines()[0]
+            if "Bearer" in words:  # must not be shown: it quotes the token
+                words = "the token in HF_TOKEN has characters that do not belong there"
+            answers.append(Answer(None, words))
+        else:
+            status = response.status_code
+            said = [f"the hub answered {status}", response.headers.get("X-Error-Message")]
+            answers.append(Answer(status, ": ".join(filter(None, said)) if status >= 400 else None))
 
     # In a thread, because the timeout does not cover the lookup of the host's name, which can take a minute.
     thread = Thread(target=ask, daemon=True)
     thread.start()
     thread.join(seconds)
-    return answers[0] if answers else Answer(None, f"no answer within {seconds:g} s")
+    return answers[-1]
 
 
 def choose_model(model_name: str, *, otherwise: str | os.PathLike[str]) -> str:
     """Return what to pass to `load_reranker`.
 
-    That is the environment variable RERANKER_MODEL if it is set and not empty; else `model_name`, if its weights are in
+    That is the environment variable RERANKER_MODEL if it is set and not blank; else `model_name`, if its weights are in
     the hub's cache or the hub offers them; else `otherwise`, the path of a folder.
     """
-    chosen = os.environ.get("RERANKER_MODEL", "").strip()
-    if chosen:
+    chosen = os.environ.get("RERANKER_MODEL", "")
+    if chosen.strip():
         return chosen
-    if in_cache(model_name) or ask_hub(model_name).status == 200:
+    if in_cache(model_name) or ask_hub(model_name).trouble is None:
         return model_name
     return str(Path(otherwise))
 
 
-def in_cache(model_name: str) -> bool:
-    """Whether the hub's cache holds the model's model.safetensors. Weights in several files are not recognised."""
-    return isinstance(try_to_load_from_cache(model_name, "model.safetensors"), str)
+def in_cache(model_name: str, revision: str | None = None) -> bool:
+    """Whether the hub's cache holds the model's weights. Of weights in several files only the index is looked for."""
+    files = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+    return any(isinstance(try_to_load_from_cache(model_name, file, revision=revision), str) for file in files)

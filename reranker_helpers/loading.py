@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import transformers
 
 from .completeness import cached_folder, check_complete, unreadable_files
-from .hub import Answer, ask_hub
+from .hub import Answer, ask_hub, in_cache
 from .quantised import quantise, refuse_int8
 
 if TYPE_CHECKING:
@@ -55,54 +57,51 @@ def load_reranker(
     Raises:
         OSError: config, tokenizer or weights are in no folder, nor in the cache, and cannot be downloaded; a file is
             damaged; weights are missing, or belong to layers that the model does not have; the tokenizer is not the
-            model's; or the model has code of its own. The message says which.
+            model's; or the model needs code of its own, which is never run. The message says which.
         TypeError: the tokenizer is not a fast one.
-        ValueError: the model does not have exactly one label, `model_name` is empty, or `dtype` is unknown, or is int8
-            where that cannot run.
+        ValueError: the model does not have exactly one label, or `dtype` is unknown, or is int8 where that cannot run.
         RuntimeError: the device does not exist.
     """
     model_name = os.fspath(model_name)
     device, device_reason = _choose_device(device)
     int8 = dtype in ("int8", torch.int8)  # loaded in float32, then quantised layer by layer
     dtype, dtype_reason = _choose_dtype("float32" if int8 else dtype, device)
-    if not model_name.strip():
-        raise ValueError("model_name is empty, expected a name on the Hugging Face Hub or the path of a folder")
-    answer = Answer(None, "") if os.path.isdir(model_name) else ask_hub(model_name, revision)
-    # If the hub cannot be reached or is busy, Transformers would retry for a minute or two.
-    local = answer.status is None
-    if answer.is_busy and cached_folder(model_name, revision):
-        logger.warning("The hub answered %d: taking %s as it is in the cache", answer.status, model_name)
+    try:
+        hub = None if os.path.isdir(model_name) else ask_hub(model_name, revision)
+    except ValueError as error:
+        raise OSError(
+            f"{model_name!r} is no folder here, and cannot be a model's name on the hub: check the path"
+        ) from error
+    # Where the hub does not answer, Transformers would retry for half a minute; where it is busy, for one or two.
+    local = hub is None or hub.status is None
+    if hub and hub.status and (hub.status == 429 or hub.status >= 500) and in_cache(model_name, revision):
+        logger.warning("%s: loading the cached copy of %s, without looking for a newer one", hub.trouble, model_name)
         local = True
     source = {
         "pretrained_model_name_or_path": model_name,
         "revision": revision,
         "local_files_only": local,
-        "trust_remote_code": False,  # without it Transformers would ask on stdin
+        "trust_remote_code": False,  # by default Transformers asks on stdin, for 15 seconds
     }
-    try:
-        # The config first: a model that cannot rerank is refused before its weights are downloaded.
+    # The config first: a model that cannot rerank is refused before its weights are downloaded.
+    with _explained(model_name, revision, hub):
         config = transformers.AutoConfig.from_pretrained(**source)
-        refused = refuse_int8(config, device) if int8 else None
-        if config.num_labels == 1 and not refused:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
-            model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
-                **source,
-                dtype=dtype,
-                return_dict=True,  # whatever the config says: some models of Transformers fail without it
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are refused below, by name
-            )
-    except MemoryError:
-        raise
-    except Exception as error:  # each format has its own: SafetensorError, UnpicklingError, KeyError, EOFError ...
-        raise OSError(_how_to_get(model_name, revision, answer, error)) from error
     if config.num_labels != 1:
         raise ValueError(
             f"{model_name} has {config.num_labels} labels, expected 1: it is no reranker with one logit a pair, as "
             f"{MODEL_NAME} is"
         )
-    if refused:
+    if int8 and (refused := refuse_int8(config, device)):
         raise ValueError(refused)
+    with _explained(model_name, revision, hub):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+        model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
+            **source,
+            dtype=dtype,
+            return_dict=True,  # whatever the config says: some models of Transformers fail without it
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+        )
     check_complete(model_name, model, tokenizer, report)
     if not getattr(config, "quantization_config", None):
         for weight in model.parameters():
@@ -146,36 +145,49 @@ def _folder(model_name: str, revision: str | None) -> str | None:
     return model_name if os.path.isdir(model_name) else cached_folder(model_name, revision)
 
 
-def _how_to_get(model_name: str, revision: str | None, answer: Answer, error: Exception) -> str:
+@contextmanager
+def _explained(model_name: str, revision: str | None, hub: Answer | None) -> Iterator[None]:
+    """Turn what goes wrong in loading into an OSError that says what to do. `hub` is None for a folder."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # each format has its own: SafetensorError, UnpicklingError, KeyError, EOFError ...
+        raise OSError(_how_to_get(model_name, revision, hub, error)) from error
+
+
+def _how_to_get(model_name: str, revision: str | None, hub: Answer | None, error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return (
-            f"{model_name} has code of its own, which load_reranker does not run. If you trust it, load model and "
-            "tokenizer yourself with trust_remote_code=True, and pass them to rerank"
+            f"{model_name} needs code of its own, which load_reranker never runs. If you trust that code, load model "
+            "and tokenizer yourself with trust_remote_code=True, and pass them on: rerank(query, documents, model, "
+            "tokenizer, device)"
         )
-    lines = str(error).strip().splitlines()
+    lines = str(error).strip().replace(":\n", ": ").splitlines()
     reason = (
         lines[0] if isinstance(error, OSError | ValueError) and lines else ": ".join([type(error).__name__, *lines[:1]])
     )
     folder = _folder(model_name, revision)
     faults = unreadable_files(folder) if folder else []
-    if faults and folder != model_name:
-        return (
-            f"the copy of {model_name} in the cache is damaged: {'; '.join(faults)}. Delete {folder} to fetch it again"
-        )
-    if folder == model_name:
+    if hub is None:
         return (
             f"the folder {model_name} holds no complete model: it needs config.json, model.safetensors and the "
             f"tokenizer's files ({'; '.join(faults) or reason})"
         )
-    if answer.refuses:
+    if faults:
         return (
-            f"the hub answered {answer.status} for {model_name}: there is no such model, or it is private or gated, or "
-            "the token in HF_TOKEN or of `hf auth login` has expired. Check the name and the token, or ask for access "
-            "on the model's page"
+            f"the copy of {model_name} in the cache is damaged: {'; '.join(faults)}. Delete {folder} to fetch it again"
+        )
+    if hub.status in (401, 403):
+        return (
+            f"{model_name} could not be downloaded ({hub.trouble}). Check the name, and renew the token (HF_TOKEN, or "
+            "hf auth login): a public model needs none, a gated or private one a token with access to it. "
+            "HF_HUB_OFFLINE=1 loads a copy that is in the cache"
         )
     return (
         f"{model_name} is no folder here, not complete in the local cache, and could not be downloaded "
-        f"({answer.reason or reason}). "
-        "Check the name and the network (proxy: HTTPS_PROXY; mirror: HF_ENDPOINT; HF_HUB_OFFLINE=1 forbids downloads), "
-        "or pass the path of a folder with the weights. Without any network, try this tutorial's tests/stand_in_model"
+        f"({'; '.join(filter(None, [hub.trouble, reason]))}). "
+        "Check the name, the token (HF_TOKEN) and the network (proxy: HTTPS_PROXY; mirror: HF_ENDPOINT; "
+        "HF_HUB_OFFLINE=1 forbids downloads), or pass the path of a folder with the weights. Without any network, try "
+        "this tutorial's tests/stand_in_model"
     )

@@ -84,7 +84,7 @@ def write_shards(folder: Path, shards: int, pairs: int) -> list[Path]:
 def seconds(folder: Path, files: list[Path], processes: int, threads: int) -> float:
     """Run a job, check its rows, and return how long it took when all processes had started."""
     name = f"{processes}-{threads}"
-    model = os.environ.get("RERANKER_MODEL", str(ROOT / "tests" / "stand_in_model"))
+    model = os.environ.get("RERANKER_MODEL", "").strip() or str(ROOT / "tests" / "stand_in_model")
     environment = {"AZUREML_MODEL_DIR": model, "OMP_NUM_THREADS": str(threads), "RERANKER_DEVICE": "cpu"}
     output, log = folder / name / "scores.jsonl", folder / f"{name}.txt"
     script = folder / f"{name}.py"

@@ -1,14 +1,15 @@
 """Reaching the hub: without a way to it the answer comes within seconds, in plain words."""
 
+import contextlib
 import hashlib
-import json
 import os
+import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -19,8 +20,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def python(code: str, tmp_path: Path, **environment: str) -> tuple[subprocess.CompletedProcess[str], float]:
     """Run code in a process of its own, because the hub's client reads its settings on import."""
-    private = ("HF_", "RERANKER_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
-    kept = {name: value for name, value in os.environ.items() if not name.upper().startswith(private)}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("HF_", "RERANKER_")) and "proxy" not in name.lower()
+    }
     begin = time.monotonic()
     run = subprocess.run(
         [sys.executable, "-c", code],
@@ -28,7 +32,6 @@ def python(code: str, tmp_path: Path, **environment: str) -> tuple[subprocess.Co
         env=kept | {"HF_HOME": str(tmp_path)} | environment,
         capture_output=True,
         text=True,
-        stdin=subprocess.DEVNULL,
         timeout=120,
         check=False,
     )
@@ -62,13 +65,31 @@ def refusing():
 
 
 class Hub(BaseHTTPRequestHandler):
+    """Serves the files of a folder under any model's name, to those who have the token."""
+
+    folder: Path
+    status = 200
+    token: str | None = None
+
     def do_HEAD(self):
-        if not self.server.status:
-            self.send_response(200 if self.path == "/BAAI/bge-reranker-v2-m3/resolve/main/config.json" else 404)
-            return self.end_headers()
-        self.send_response(self.server.status)
-        self.send_header("Content-Length", "0")
-        return self.end_headers()
+        file = self.folder / self.path.partition("?")[0].rpartition("/")[2]
+        status = self.status
+        if self.token and self.headers["Authorization"] != f"Bearer {self.token}":
+            status = 401
+        elif status == 200 and not file.is_file():
+            status = 404
+        data = file.read_bytes() if status == 200 else b""
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("ETag", hashlib.sha1(data).hexdigest())
+        self.send_header("X-Repo-Commit", "0" * 40)
+        if status == 404:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        if status == 401:
+            self.send_header("X-Error-Message", "Invalid credentials in Authorization header")
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
 
     do_GET = do_HEAD
 
@@ -76,49 +97,35 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
-class Proxy(Hub):
-    """A proxy for `http://hub.invalid`, a hub that serves the files of a folder as any model."""
+@pytest.fixture
+def serve(tiny_folder):
+    """Start a hub with such attributes, and return its address; with a certificate, its address for https."""
+    with contextlib.ExitStack() as stack:
 
-    def do_HEAD(self):
-        name = self.path.partition("?")[0].rpartition("/")[2]
-        file = self.server.folder / name
-        found = self.path.startswith("http://hub.invalid/") and "/resolve/" in self.path and file.is_file()
-        data = file.read_bytes() if found else b""
-        self.send_response(200 if found else 404)
-        if not found:
-            self.send_header("X-Error-Code", "EntryNotFound")
-        headers = {"X-Repo-Commit": "0" * 40, "ETag": hashlib.sha1(data).hexdigest(), "Content-Length": len(data)}
-        for header, value in headers.items():
-            self.send_header(header, str(value))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(data)
+        def start(certificate: Path | None = None, **attributes) -> str:
+            handler = type("Hub", (Hub,), {"folder": tiny_folder} | attributes)
+            server = stack.enter_context(ThreadingHTTPServer(("127.0.0.1", 0), handler))
+            if certificate:
+                context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+                context.load_cert_chain(certificate)
+                server.socket = context.wrap_socket(server.socket, server_side=True)
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            stack.callback(server.shutdown)
+            return f"http{'s' if certificate else ''}://127.0.0.1:{server.server_port}"
 
-    do_GET = do_HEAD
-
-
-@contextmanager
-def serving(handler, **settings):
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        vars(server).update({"status": None} | settings)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+        yield start
 
 
 @pytest.fixture
-def answering():
-    with serving(Hub) as url:
-        yield url
+def answering(serve):
+    return serve()
 
 
 @pytest.fixture
 def cached(tiny_folder, tmp_path):
-    """A cache that holds all of the model someone/reranker."""
+    """A folder for HF_HOME whose cache holds all of someone/reranker."""
     snapshot = tmp_path / "hub/models--someone--reranker/snapshots/0123456789abcdef0123456789abcdef01234567"
-    snapshot.mkdir(parents=True)
-    for file in tiny_folder.iterdir():
-        (snapshot / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(tiny_folder, snapshot)
     (snapshot.parent.parent / "refs").mkdir()
     (snapshot.parent.parent / "refs/main").write_text(snapshot.name)
     return tmp_path
@@ -144,10 +151,67 @@ def test_the_variable_decides(tmp_path, answering):
     assert chosen(tmp_path, HF_ENDPOINT=answering, RERANKER_MODEL="some/model")[0] == "some/model"
 
 
+@pytest.mark.parametrize("blank", ["", " "])
+def test_a_blank_variable_counts_as_none(tmp_path, answering, blank):
+    """As `docker run -e RERANKER_MODEL=` sets it."""
+    assert chosen(tmp_path, HF_ENDPOINT=answering, RERANKER_MODEL=blank)[0] == "BAAI/bge-reranker-v2-m3"
+
+
+def test_the_hubs_own_variable_sets_the_time(tmp_path, silent):
+    assert 1 <= chosen(tmp_path, HF_ENDPOINT=silent, HF_HUB_ETAG_TIMEOUT="1")[1] < 4
+
+
 def test_offline_mode_asks_nobody(tmp_path, silent):
     name, seconds = chosen(tmp_path, HF_ENDPOINT=silent, HF_HUB_OFFLINE="1")
     assert name == "stand-in"
     assert seconds < 5
+
+
+def test_behind_a_proxy_for_everything(tmp_path, serve):
+    """ALL_PROXY is the hub's client's to know, and urllib does not: the model counted as out of reach."""
+    environment = {"HF_ENDPOINT": "http://hub.invalid", "ALL_PROXY": serve()}
+    assert chosen(tmp_path, **environment)[0] == "BAAI/bge-reranker-v2-m3"
+    run, _ = python("from reranker_helpers import load_reranker; load_reranker('org/model')", tmp_path, **environment)
+    assert run.returncode == 0, run.stderr
+
+
+TRUST = """
+import ssl
+import huggingface_hub.utils
+
+Session = type(huggingface_hub.utils.get_session())
+
+def session():
+    session = Session()
+    session.verify, session.trust_env = {0!r}, False
+    return session
+
+if hasattr(huggingface_hub, "set_client_factory"):
+    huggingface_hub.set_client_factory(lambda: Session(verify=ssl.create_default_context(cafile={0!r})))
+else:
+    huggingface_hub.configure_http_backend(session)
+"""
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate with openssl")
+def test_a_private_certificate_authority(tmp_path, serve):
+    """A company's, which only the session that the user has given to huggingface_hub trusts."""
+    certificate = tmp_path / "certificate.pem"
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=hub -addext subjectAltName=IP:127.0.0.1 -days 2"
+    pem = subprocess.run([*command.split(), "-keyout", "-"], capture_output=True, check=True)
+    certificate.write_bytes(pem.stdout)
+    hub = serve(certificate)
+    load = "from reranker_helpers import load_reranker; load_reranker('org/model')"
+    run, _ = python(load, tmp_path, HF_ENDPOINT=hub)
+    assert "could not be downloaded ([SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed" in run.stderr
+    run, _ = python(TRUST.format(str(certificate)) + load, tmp_path, HF_ENDPOINT=hub)
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_users_token_is_sent(tmp_path, serve):
+    hub = serve(token="hf_right")
+    assert chosen(tmp_path, HF_ENDPOINT=hub, HF_TOKEN="hf_right")[0] == "BAAI/bge-reranker-v2-m3"
+    assert chosen(tmp_path, HF_ENDPOINT=hub, HF_TOKEN="hf_wrong")[0] == "stand-in"
 
 
 LOAD = "import transformers, torch, time; from reranker_helpers import load_reranker; begin = time.monotonic()"
@@ -167,90 +231,68 @@ def test_loading_without_a_way_to_the_hub(tmp_path, request, hub):
     assert run.stderr == ""
 
 
-PRINT = "print(type(load_reranker('someone/reranker').model).__name__, time.monotonic() - begin)"
-
-
 def test_a_cached_model_loads_without_a_way_to_the_hub(cached, silent):
     """On a train, say: the cache has it all, and only looking for a newer version takes a network."""
-    run, _ = python(f"{LOAD}\n{PRINT}", cached, HF_ENDPOINT=silent)
+    code = f"{LOAD}\nprint(type(load_reranker('someone/reranker').model).__name__, time.monotonic() - begin)"
+    run, _ = python(code, cached, HF_ENDPOINT=silent)
     name, seconds = run.stdout.split()
     assert name == "XLMRobertaForSequenceClassification"
     assert float(seconds) < 15
 
 
-def test_a_cached_model_does_not_wait_for_a_busy_hub(cached):
-    """Transformers tries again for one or two minutes before it takes what it has."""
-    with serving(Hub, status=503) as url:
-        run, _ = python(f"{LOAD}\n{PRINT}", cached, HF_ENDPOINT=url)
-    name, seconds = run.stdout.split()
-    assert name == "XLMRobertaForSequenceClassification"
-    assert float(seconds) < 15
-    assert "The hub answered 503: taking someone/reranker as it is in the cache" in run.stderr
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_cached_model_loads_while_the_hub_is_busy(cached, serve, status):
+    """Transformers tried again for one or two minutes."""
+    code = f"{LOAD}\nload_reranker('someone/reranker'); print(time.monotonic() - begin)"
+    run, _ = python(code, cached, HF_ENDPOINT=serve(status=status))
+    assert float(run.stdout) < 15
+    warning = f"the hub answered {status}: loading the cached copy of someone/reranker, without looking for a newer one"
+    assert run.stderr.count(warning) == 1
 
 
-FAIL = "try: load_reranker({!r})\nexcept (OSError, ValueError) as error: print(time.monotonic() - begin, error)"
+@pytest.mark.parametrize("name", ["someone/reranker", "someone/another"])
+def test_an_expired_token(cached, serve, name):
+    """With and without the model in the cache. "401" stood in the second line of an error whose first was kept."""
+    run, _ = python(
+        f"{LOAD}\nload_reranker({name!r})", cached, HF_ENDPOINT=serve(token="hf_new"), HF_TOKEN="hf_expired"
+    )
+    message = run.stderr.splitlines()[-1]
+    assert f"{name} could not be downloaded (the hub answered 401: Invalid credentials" in message
+    assert "HF_TOKEN" in message
+    assert "hf auth login" in message
+    assert "hf_expired" not in run.stdout + run.stderr
 
 
-def test_a_token_that_the_hub_rejects_is_named(cached, tmp_path_factory):
-    """It was "not complete in the local cache", although it was: the line with 401 had been cut off."""
-    for status, folder in [
-        (401, cached),
-        (401, tmp_path_factory.mktemp("empty")),
-        (403, tmp_path_factory.mktemp("no")),
-    ]:
-        with serving(Hub, status=status) as url:
-            code = f"{LOAD}\n{FAIL.format('someone/reranker')}"
-            run, _ = python(code, folder, HF_ENDPOINT=url, HF_TOKEN="hf_secret")
-        assert f"the hub answered {status} for someone/reranker" in run.stdout
-        assert "HF_TOKEN" in run.stdout
-        assert "hf_secret" not in run.stdout + run.stderr
+def test_a_malformed_token_is_not_shown(tmp_path, serve):
+    """httpx quotes the header that it does not send."""
+    run, _ = python(
+        f"{LOAD}\nload_reranker('org/model')", tmp_path, HF_ENDPOINT=serve(token="hf_new"), HF_TOKEN="hf_\x0bmalformed"
+    )
+    assert "HF_TOKEN" in run.stderr.splitlines()[-1]
+    assert "malformed" not in run.stdout + run.stderr
 
 
-def test_the_hub_is_asked_with_its_own_client(tiny_folder, tmp_path):
-    """Behind ALL_PROXY, or with a certificate authority of the company's, Transformers loaded the model, and
-    `load_reranker` said that it "could not be downloaded" without having tried."""
-    with serving(Proxy, folder=tiny_folder) as url:
-        environment = {"HF_ENDPOINT": "http://hub.invalid", "ALL_PROXY": url}
-        run, _ = python(f"{LOAD}\n{PRINT}", tmp_path, **environment)
-        assert run.stdout.startswith("XLMRobertaForSequenceClassification"), run.stderr
-        assert chosen(tmp_path, **environment)[0] == "BAAI/bge-reranker-v2-m3"
+def test_a_token_without_a_right_to_the_weights(tmp_path, serve, tiny_folder):
+    """The hub shows the config to anybody."""
+
+    def do_GET(self):
+        self.status = 403 if "safetensors" in self.path else 200
+        self.do_HEAD()
+
+    run, _ = python(f"{LOAD}\nload_reranker('org/model')", tmp_path, HF_ENDPOINT=serve(do_GET=do_GET))
+    assert "trying to load org/model: 403 Forbidden" in run.stderr.splitlines()[-1]
 
 
-def test_the_reason_why_the_hub_did_not_answer_is_told(tmp_path, answering):
-    """Here a server that does not speak TLS; a proxy's or a certificate's fault is told in the same way."""
-    code = f"{LOAD}\n{FAIL.format('someone/reranker')}"
-    run, _ = python(code, tmp_path, HF_ENDPOINT=answering.replace("http:", "https:"))
-    assert "SSL" in run.stdout
-    assert "Check the name and the network" in run.stdout
-
-
-def test_the_time_limit_can_be_set(tmp_path, silent):
-    name, seconds = chosen(tmp_path, HF_ENDPOINT=silent, HF_HUB_ETAG_TIMEOUT="1")
-    assert name == "stand-in"
-    assert seconds < 4
-
-
-def test_names_that_no_model_can_have(tmp_path, answering):
-    """The thread that asks the hub printed a traceback before the error."""
-    names = ["my models/bge reranker", "a/b/c", "models\\bge", "-", ""]
-    run, _ = python("\n".join([LOAD, *map(FAIL.format, names)]), tmp_path, HF_ENDPOINT=answering)
-    for name, line in zip(names, run.stdout.splitlines(), strict=True):
-        seconds, _, message = line.partition(" ")
-        assert float(seconds) < 5
-        assert message.startswith(f"{name or 'model_name'} is ")
+def test_names_that_are_none_of_the_hubs(tmp_path, silent):
+    """A thread's traceback stood before the error."""
+    names = ["my models/bge reranker", "models/bge/reranker", r"C:\models\bge", "~/bge", "", " "]
+    code = (
+        f"{LOAD}\nfor name in {names!r}:\n"
+        "    try: load_reranker(name)\n    except OSError as error: print(error)\nprint(time.monotonic() - begin)"
+    )
+    run, _ = python(code, tmp_path, HF_ENDPOINT=silent)
+    *messages, seconds = run.stdout.splitlines()
+    remedy = "is no folder here, and cannot be a model's name on the hub: check the path"
+    assert messages == [f"{name!r} {remedy}" for name in names]
+    assert float(seconds) < 3
     assert run.stderr == ""
-
-
-def test_code_of_a_models_own_is_not_run_and_nobody_is_asked(tmp_path):
-    """Transformers asked on stdin, and after 15 seconds the folder "held no complete model"."""
-    settings = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}
-    (tmp_path / "config.json").write_text(json.dumps(settings))
-    run, _ = python(f"{LOAD}\n{FAIL.format(str(tmp_path))}", tmp_path)
-    seconds, _, message = run.stdout.partition(" ")
-    assert float(seconds) < 5
-    assert "has code of its own, which load_reranker does not run" in message
-    assert "with trust_remote_code=True, and pass them to rerank" in message
-
-
-def test_a_variable_that_is_set_but_empty_counts_as_not_set(tmp_path, answering):
-    assert chosen(tmp_path, HF_ENDPOINT=answering, RERANKER_MODEL=" ")[0] == "BAAI/bge-reranker-v2-m3"

@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import json
 import logging
 import pkgutil
 import shutil
@@ -90,6 +91,26 @@ def test_an_incomplete_folder(tiny_folder, tmp_path):
     (tmp_path / "config.json").write_bytes((tiny_folder / "config.json").read_bytes())
     with pytest.raises(OSError, match="holds no complete model"):
         load_reranker(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "tokenizer"),
+    [
+        ({"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}, {}),
+        ({"model_type": "pegasus", "auto_map": {"AutoModelForSequenceClassification": "mine.Model"}}, {}),
+        ({"model_type": "doge"}, {"tokenizer_class": None, "auto_map": {"AutoTokenizer": [None, "mine.Tokenizer"]}}),
+    ],
+    ids=["config", "model", "tokenizer"],
+)
+def test_code_of_the_models_own(tiny_folder, tmp_path, monkeypatch, config, tokenizer):
+    """Transformers asked on the terminal, for 15 seconds, whether to run it."""
+    monkeypatch.setattr("builtins.input", lambda question: pytest.fail(question))
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    (folder / "config.json").write_text(json.dumps(config | {"num_labels": 1}))
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | tokenizer))
+    with pytest.raises(OSError, match=r"needs code of its own, .* yourself with trust_remote_code=True, and pass them"):
+        load_reranker(folder)
 
 
 def test_nothing_but_torch_and_transformers_is_imported():
