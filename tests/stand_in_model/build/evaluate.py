@@ -87,6 +87,19 @@ def own_documents(name: str, queries: list[dict], score) -> None:
     print(f"{name}: {len(queries)} queries, " + ", ".join(f"{m} {value.mean():.3f}" for m, value in values.items()))
 
 
+def contrast(queries: list[dict], score) -> None:
+    """Print how often the one of two documents that answers has the higher logit, by kind and by half."""
+    logits = np.reshape(score([(row["query"], text) for row in queries for text in row["documents"]]), (-1, 2))
+    groups: dict[str, list[bool]] = {}
+    for row, two in zip(queries, logits, strict=True):
+        (right,) = row["relevant"]
+        for name in ("all", "kept half" if row["kept"] else "other half", row["kind"]):
+            groups.setdefault(name, []).append(two[right] > two[1 - right])
+    for name, hits in groups.items():
+        low, high = interval(np.array(hits))
+        print(f"contrast, {name}: {len(hits)} queries, P@1 {np.mean(hits):.3f} [{low:.3f}, {high:.3f}]")
+
+
 def apart(segment: Tensor, inside: Tensor) -> Tensor:
     """The attention mask, (pairs, 1, tokens, tokens), under which no token sees the other text.
 
@@ -147,6 +160,7 @@ if __name__ == "__main__":
     cross_lingual = read(DATA / "cross_lingual/queries.jsonl")
     own_documents("cross-lingual", cross_lingual, score)
     print("<unk>:", unknown(reranker.tokenizer, cross_lingual))
+    contrast(read(DATA / "contrast/queries.jsonl"), score)
     faq = DATA / "python_faq"
     questions = read(faq / "queries.jsonl")[:: arguments.every]
     retrieval("Python FAQ", read(faq / "documents.jsonl"), questions, score)
