@@ -12,22 +12,23 @@ WARM_UP = [("what is a panda?", text) for text in ("a panda is a bear", "law", "
 def load_model() -> tuple[Reranker, str]:
     """Load the model from the folder in AZUREML_MODEL_DIR, and score once, so that the first request is not slow.
 
-    The environment variable RERANKER_DEVICE sets the device (default: that of `load_reranker`), and RERANKER_MODEL_NAME
-    the model's name in answers (default: the name of the folder). An empty one counts as not set.
+    The environment variables RERANKER_DEVICE and RERANKER_DTYPE set device and dtype (default: those of
+    `load_reranker`), and RERANKER_MODEL_NAME the model's name in answers (default: the name of the folder). An empty one
+    counts as not set.
 
     Returns:
         The reranker, and the model's name.
 
     Raises:
         RuntimeError: the weights are missing, incomplete, or give every text the same logit (the message lists the
-            folder), or the device does not exist.
+            folder), or the device does not exist, or the dtype is unknown or does not fit device and model.
         ArithmeticError: the model returns NaN or an infinity.
     """
     folder = find_model(os.environ.get("AZUREML_MODEL_DIR", ""))
     try:
         # With a folder, the hub is not asked. A deployment that pays for a GPU sets "cuda", so that a missing driver
         # fails here and does not make a slow endpoint.
-        reranker = load_reranker(folder, device=os.environ.get("RERANKER_DEVICE", "").strip() or None)
+        reranker = load_reranker(folder, device=_setting("RERANKER_DEVICE"), dtype=_setting("RERANKER_DTYPE"))
     except (OSError, ValueError) as error:
         raise RuntimeError(f"{error}. {_listing(folder)}") from error
     logits = score(WARM_UP, *reranker)
@@ -36,7 +37,11 @@ def load_model() -> tuple[Reranker, str]:
         raise RuntimeError(
             f"the model gives the logit {logits[0]} to every text: check the weights. {_listing(folder)}"
         )
-    return reranker, os.environ.get("RERANKER_MODEL_NAME", "").strip() or folder.name
+    return reranker, _setting("RERANKER_MODEL_NAME") or folder.name
+
+
+def _setting(variable: str) -> str | None:
+    return os.environ.get(variable, "").strip() or None
 
 
 def find_model(model_dir: str) -> Path:

@@ -457,10 +457,20 @@ def test_limits_from_the_environment(monkeypatch, value):
 @pytest.mark.parametrize("value", ["", "  "])
 def test_an_empty_variable_counts_as_not_set(tiny_folder, monkeypatch, caplog, value):
     """Pipelines set one to "" where they have nothing to say. An empty device or limit ended `init`."""
-    for name in ("DEVICE", "MODEL_NAME", *(f"MAX_{field.upper()}" for field in wire.Limits._fields)):
+    for name in ("DEVICE", "DTYPE", "MODEL_NAME", *(f"MAX_{field.upper()}" for field in wire.Limits._fields)):
         monkeypatch.setenv(f"RERANKER_{name}", value)
     monkeypatch.setenv("AZUREML_MODEL_DIR", str(tiny_folder))
     caplog.set_level(logging.INFO, "azmlinfsrv.score")
     load_script().init()
     assert caplog.messages[0].startswith(f"{tiny_folder.name} ready on ")
     assert str(wire.Limits()) in caplog.messages[0]
+
+
+def test_the_deployment_chooses_the_dtype(tiny_folder, monkeypatch):
+    monkeypatch.setenv("AZUREML_MODEL_DIR", str(tiny_folder))
+    monkeypatch.setenv("RERANKER_DTYPE", "bfloat16")
+    reranker, _ = weights.load_model()
+    assert reranker.model.dtype == torch.bfloat16
+    monkeypatch.setenv("RERANKER_DTYPE", "int4")
+    with pytest.raises(RuntimeError, match="dtype is 'int4', expected 'float32'"):
+        weights.load_model()
