@@ -13,8 +13,8 @@ def load_model() -> tuple[Reranker, str]:
     """Load the model from the folder in AZUREML_MODEL_DIR, and score once, so that the first request is not slow.
 
     The environment variables RERANKER_DEVICE and RERANKER_DTYPE set device and dtype (default: those of
-    `load_reranker`), and RERANKER_MODEL_NAME the model's name in answers (default: the name of the folder). An empty one
-    counts as not set.
+    `load_reranker`), and RERANKER_MODEL_NAME the model's name in answers (default: the name of the folder). An empty
+    one counts as not set.
 
     Returns:
         The reranker, and the model's name.
