@@ -11,6 +11,7 @@ The panda is a bear that eats bamboo.
 from .loading import MODEL_NAME, Reranker, load_reranker
 from .ranking import RankedDocument, rerank
 from .scoring import BATCH_TOKENS, MAX_LENGTH, score
+from .stopping import before_each_batch
 
 __all__ = [
     "BATCH_TOKENS",
@@ -18,6 +19,7 @@ __all__ = [
     "MODEL_NAME",
     "RankedDocument",
     "Reranker",
+    "before_each_batch",
     "load_reranker",
     "rerank",
     "score",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from tqdm import tqdm
 
+from . import stopping
 from .checks import check_limits, check_model, check_pairs, check_whole_number, query_names
 from .packed import can_pack, run_packed
 from .padded import run_padded
@@ -198,6 +199,7 @@ def _run(
         waiting = Counter(window.pair for window in queue)
         begin = 0
         while begin < len(queue):
+            stopping.check()
             longest = len(queue[begin].token_ids)
             batch = queue[begin : begin + max(1, batch_tokens // longest)]
             try:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from . import stopping
+
 if TYPE_CHECKING:
     from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
@@ -59,6 +61,7 @@ def count_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[i
     """Return the number of tokens of each text, without special tokens."""
     counts = []
     for chunk in _chunks(texts):
+        stopping.check()
         with _lock:
             # verbose=False: the tokenizer's own warning about long texts names no remedy.
             encodings = tokenizer(chunk, add_special_tokens=False, verbose=False).encodings

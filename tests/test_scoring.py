@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny import QUERY, WORDS, KeywordModel, make_model, plain_score, random_documents
 
-from reranker_helpers import rerank, score, tokenising
+from reranker_helpers import before_each_batch, rerank, score, tokenising
 
 
 @pytest.mark.parametrize(("seed", "batch_tokens"), [(0, None), (1, 1), (2, 64), (3, 1000), (4, 100_000)])
@@ -345,7 +345,7 @@ import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell switches it off for what runs in the background
 sys.path[:0] = sys.argv[1:3]
 from tiny import KeywordModel, make_tokenizer
-from reranker_helpers import rerank, score, tokenising
+from reranker_helpers import before_each_batch, rerank, score, tokenising
 
 def megabytes(field):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) / 1000
@@ -384,3 +384,26 @@ def test_ctrl_c_is_answered_soon(request):
     _, errors = process.communicate()
     assert "KeyboardInterrupt" in errors
     assert time.monotonic() - begin < 10  # well under a second on a quiet machine
+
+
+def test_a_long_call_can_be_stopped_between_batches(tiny, monkeypatch):
+    """Another thread's call goes on, no thread is left, and the next call is as ever."""
+    monkeypatch.setattr(tokenising, "CHUNK", 7)
+    pairs = [(QUERY, document) for document in random_documents(3)]
+    expected, threads, batches = score(pairs, *tiny), threading.active_count(), []
+
+    def stop_at_the_third():
+        batches.append(len(batches))
+        if len(batches) == 3:
+            raise TimeoutError("enough")
+
+    with ThreadPoolExecutor(1) as pool, before_each_batch(stop_at_the_third):
+        other = pool.submit(score, pairs, *tiny)
+        for call in (lambda: score(pairs, *tiny), lambda: rerank(QUERY, random_documents(3), *tiny)):
+            batches.clear()
+            with pytest.raises(TimeoutError, match="enough"):
+                call()
+            assert len(batches) == 3
+        assert other.result() == expected
+    assert threading.active_count() == threads
+    assert score(pairs, *tiny) == expected

@@ -250,6 +250,39 @@ def test_a_number_too_large_for_a_float_is_no_whole_number(ask):
     assert (status, answer["error"]["code"]) == (400, "WrongType")
 
 
+def test_a_ranking_that_nobody_waits_for_ends_at_its_next_batch(tiny):
+    """And at once, before the request is read, if nobody waits when it begins."""
+    batches, calls = [], []
+    tiny.model.roberta.embeddings.register_forward_pre_hook(lambda *_: batches.append(1))
+
+    def ask(last: int, body: bytes) -> tuple[int, dict]:
+        batches.clear()
+        calls.clear()
+
+        def check():
+            calls.append(1)
+            if len(calls) > last:
+                raise wire.Refused(408, "BudgetExceeded", "too late")
+
+        return score.answer(body, tiny, "tiny", wire.Limits(), "request-7", check)
+
+    body = json.dumps({"query": QUERY, "documents": texts(0, 300, 60)}).encode()
+    late = (408, {"error": {"code": "BudgetExceeded", "message": "too late"}})
+    assert ask(0, b"{") == late
+    for _ in range(2):  # the first time, it tries whether the model bears padding
+        assert ask(10**6, body)[0] == 200
+    count = len(batches)
+    assert count > 10
+    assert ask(len(calls) - 9, body) == late
+    assert len(batches) == count - 9
+    long = json.dumps(
+        {"query": QUERY, "documents": [f"{i}" + " panda" * 70_000 for i in range(3)], "stride": 0}
+    ).encode()
+    assert ask(10**6, long)[0] == 200
+    assert ask(len(calls) - len(batches) - 3, long) == late, "while tokens are counted, too"
+    assert not batches
+
+
 def never_called(*args):
     raise AssertionError("the model ran")
 
