@@ -122,9 +122,8 @@ def _run(
         inputs["token_type_ids"] = padded((window.type_ids for window in windows), tokenizer.pad_token_type_id)
     if device.type == "cuda" and _takes_ready_masks(model):
         inputs["attention_mask"] = _ready_mask(inputs["attention_mask"], lengths)
-    with (
-        torch.inference_mode()
-    ):  # for this call only: greenlets, which share their thread's modes, may run before and after
+    # For this call only: greenlets, which share their thread's modes, may run before and after.
+    with torch.inference_mode():
         output = model(**inputs)
     return output.logits if hasattr(output, "logits") else output[0]  # a tuple if config.return_dict is False
 

@@ -32,6 +32,7 @@ import pytest
 import requests
 from azure_scripts import load_script
 from fake_azure import InferenceServer
+from tiny import Column
 
 from reranker_helpers import load_reranker, rerank
 
@@ -432,19 +433,6 @@ def test_mistakes_in_the_query_and_the_budget_are_raised(azure, query, budget, e
     with pytest.raises(error, match=message):
         client.rerank_remote(query, DOCUMENTS, url=azure.url, token=TOKEN, budget=budget)
     assert azure.sizes == []
-
-
-class Column:
-    """Like pyarrow's arrays and columns: iterating gives scalars that are no strings."""
-
-    def __init__(self, texts):
-        self.texts = texts
-
-    def __iter__(self):
-        return iter([object()] * len(self.texts))
-
-    def to_pylist(self):
-        return self.texts
 
 
 @pytest.mark.parametrize("wrap", [tuple, iter, Column, pandas.Series, numpy.array])

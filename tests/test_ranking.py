@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
-from tiny import QUERY, WORDS, KeywordModel, plain_score
+from tiny import QUERY, WORDS, Column, KeywordModel, plain_score
 
 from reranker_helpers import rerank
 
@@ -244,19 +244,6 @@ def test_a_table_is_refused(tiny, installed):
     assert sorted(result.document for result in ranking) == ["the bear", "the oven"]
     rows = rerank(QUERY, table.to_dict("records"), *tiny, key=lambda row: row["text"])
     assert [row["title"] for row, _ in rows] == [table["title"][result.index] for result in ranking]
-
-
-class Column:
-    """Like pyarrow's arrays and columns: iterating gives scalars that are no strings."""
-
-    def __init__(self, texts):
-        self.texts = texts
-
-    def __iter__(self):
-        return iter([object()] * len(self.texts))
-
-    def to_pylist(self):
-        return self.texts
 
 
 @pytest.mark.parametrize("wrap", [tuple, iter, Column, lambda texts: (text for text in texts), numpy.array])

@@ -90,6 +90,19 @@ def plain_score(query: str, document: str, model, tokenizer, max_length: int = 5
         return model(**inputs).logits.item()
 
 
+class Column:
+    """Like pyarrow's arrays and columns: iterating gives scalars that are no strings."""
+
+    def __init__(self, texts):
+        self.texts = texts
+
+    def __iter__(self):
+        return iter([object()] * len(self.texts))
+
+    def to_pylist(self):
+        return self.texts
+
+
 class KeywordModel:
     """A model that is no network: the logit counts a wanted token. It shows what reaches the model, and when."""
 
