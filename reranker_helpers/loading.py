@@ -13,7 +13,7 @@ import transformers
 
 from .completeness import cached_folder, check_complete, unreadable_files
 from .hub import Answer, ask_hub, in_cache
-from .quantised import quantise, refuse_int8
+from .quantising import quantise, refuse_int8
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -48,7 +48,7 @@ def load_reranker(
             never chosen by default: users report hangs and memory leaks with this model on it.
         dtype: "float32", "float16", "bfloat16", "float64" or the `torch.dtype`. Default: float16 on CUDA, float32
             elsewhere. "int8" is for XLM-RoBERTa on a CPU: the weights are quantised while loading, and scores differ
-            from float32 (see `quantised.py`).
+            from float32 (see `quantising.py`).
         revision: branch, tag or commit on the hub. Default: main.
 
     Returns:

@@ -26,8 +26,8 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
-from .int8 import QuantisedLinear
 from .products import linear, multiplies_in
+from .quantised_linear import QuantisedLinear
 from .tokenising import Window
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ def _linear(rows: Tensor, part: torch.nn.Module) -> Tensor:
 def _linears(rows: Tensor, *parts: torch.nn.Module) -> list[Tensor]:
     """Return what several linear layers make of the same rows: (rows, inputs) in, a (rows, outputs) for each layer out.
 
-    Layers of `int8.py` that share a grid round the rows only once.
+    Layers of `quantised_linear.py` that share a grid round the rows only once.
     """
     results, shared = [], {}
     for part in parts:

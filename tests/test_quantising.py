@@ -15,7 +15,8 @@ import torch
 import transformers
 from tiny import QUERY, make_model, make_tokenizer, random_documents
 
-from reranker_helpers import int8, load_reranker, packed, products, quantised, score, scoring
+from reranker_helpers import load_reranker, packed, products, quantised_linear, quantising, score, scoring
+from reranker_helpers.quantised_linear import Grid, QuantisedLinear
 
 CPU = torch.device("cpu")
 PAIRS = [(QUERY, text) for text in random_documents(0)]
@@ -31,12 +32,12 @@ def found_out_anew():
 @pytest.fixture(params=[255, 127, None], ids=["8 bits", "7 bits", "widened"])
 def levels(request, monkeypatch):
     """What is found on processors with VNNI, on older ones, and where int8 is of no use."""
-    monkeypatch.setattr(int8, "_exact_levels", lambda *_: request.param)
+    monkeypatch.setattr(quantised_linear, "_exact_levels", lambda *_: request.param)
     return request.param
 
 
 def linears(model):
-    return {name: part for name, part in model.named_modules() if isinstance(part, int8.QuantisedLinear)}
+    return {name: part for name, part in model.named_modules() if isinstance(part, QuantisedLinear)}
 
 
 def in_one_order(ours, theirs):
@@ -123,7 +124,7 @@ def random_layer(inputs=256, outputs=128):
 
 
 def error_of(part, source, rows):
-    return quantised._error(part(rows), source(rows))
+    return quantising._error(part(rows), source(rows))
 
 
 def test_inputs_far_from_zero_and_inputs_much_larger_than_others_cost_little():
@@ -132,8 +133,8 @@ def test_inputs_far_from_zero_and_inputs_much_larger_than_others_cost_little():
     source, rows = random_layer(), torch.randn(300, 256)
     rows[:, 3] += 100
     rows[:, 7] *= 50
-    plain = int8.QuantisedLinear(source, int8.Grid(torch.zeros(256), torch.ones(256), 255, False))
-    (ours,) = quantised._quantised([source], rows, [source(rows)], one_sided=False)
+    plain = QuantisedLinear(source, Grid(torch.zeros(256), torch.ones(256), 255, False))
+    (ours,) = quantising._quantised([source], rows, [source(rows)], one_sided=False)
     assert error_of(plain, source, rows) > 0.05
     assert error_of(ours, source, rows) < 0.02
 
@@ -163,28 +164,28 @@ def test_a_layer_that_errs_too_much_stays_as_it_is(tmp_path, caplog):
     names = ["attention.self.query", "attention.output.dense", "intermediate.dense", "output.dense"]
     names = ", ".join(["layer.0.attention.self.value", *(f"layer.1.{name}" for name in names)])
     assert f"in float32 stay embeddings, layer norms, the head, {names};" in caplog.text
-    assert isinstance(reranker.model.roberta.encoder.layer[0].attention.self.query, int8.QuantisedLinear)
+    assert isinstance(reranker.model.roberta.encoder.layer[0].attention.self.query, QuantisedLinear)
 
 
 def test_products_that_overflow_are_never_used(monkeypatch):
     """AVX2 without VNNI adds pairs of products in 16 bits. What counts is the result."""
-    true = int8._int8_linear
+    true = quantised_linear._int8_linear
 
     def saturated(rows, weight, scale, zeros, bias):
         result = true(rows, weight, scale, zeros, bias)
         return result.clamp(max=1e6) if rows.max() > 127 else result
 
-    monkeypatch.setattr(int8, "_int8_linear", saturated)
-    assert int8._exact_levels(128, 256) == 127
-    monkeypatch.setattr(int8, "_int8_linear", lambda *arguments: true(*arguments) * 1.001)
-    assert int8._exact_levels(128, 256) is None
+    monkeypatch.setattr(quantised_linear, "_int8_linear", saturated)
+    assert quantised_linear._exact_levels(128, 256) == 127
+    monkeypatch.setattr(quantised_linear, "_int8_linear", lambda *arguments: true(*arguments) * 1.001)
+    assert quantised_linear._exact_levels(128, 256) is None
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_where_int8_cannot_be_fast_one_warning_names_a_better_dtype(tiny_folder, monkeypatch, caplog, dtype):
     """It was silent: weights rounded to 8 bits, widened at each use, and slower than float32."""
-    monkeypatch.setattr(int8, "_int8_linear", lambda *_: torch.ops.no.such_op())
-    monkeypatch.setattr(quantised, "multiplies_in", lambda _: dtype == "bfloat16")
+    monkeypatch.setattr(quantised_linear, "_int8_linear", lambda *_: torch.ops.no.such_op())
+    monkeypatch.setattr(quantising, "multiplies_in", lambda _: dtype == "bfloat16")
     reranker = load_reranker(tiny_folder, device="cpu", dtype="int8")
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert warning.endswith(f"so int8 only saves memory: dtype='{dtype}' is faster")
@@ -197,13 +198,13 @@ def test_seven_bits_are_exact_on_any_processor():
     weight = torch.randint(-127, 128, (64, 1024), generator=generator).to(torch.int8)
     weight[:32] = 127
     ready = torch.ops.onednn.qlinear_prepack(weight, None)
-    found = int8._int8_linear(rows, ready, torch.ones(64), torch.zeros(64, dtype=torch.int32), None)
+    found = quantised_linear._int8_linear(rows, ready, torch.ones(64), torch.zeros(64, dtype=torch.int32), None)
     assert torch.equal(found.long(), rows.long() @ weight.long().T)  # below 2 ** 24, so exact in float32 too
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nan_and_infinity_are_not_rounded_away(bad, levels):
-    layer = int8.QuantisedLinear(random_layer(), int8.Grid(torch.zeros(256), torch.ones(256), levels, False))
+    layer = QuantisedLinear(random_layer(), Grid(torch.zeros(256), torch.ones(256), levels, False))
     rows = torch.randn(3, 256)
     rows[1, 5] = bad
     finite = layer(rows).isfinite().all(1).tolist()
@@ -213,7 +214,7 @@ def test_nan_and_infinity_are_not_rounded_away(bad, levels):
 def test_rows_of_zeros(levels):
     source = random_layer()
     for one_sided in (False, True):
-        layer = int8.QuantisedLinear(source, int8.Grid(torch.zeros(256), torch.ones(256), levels, one_sided))
+        layer = QuantisedLinear(source, Grid(torch.zeros(256), torch.ones(256), levels, one_sided))
         assert layer(torch.zeros(2, 256)) == pytest.approx(source.bias.expand(2, -1), abs=1e-6)
 
 
@@ -287,10 +288,10 @@ def test_the_default_dtype_does_not_matter(tiny_folder, default):
 
 def test_quantising_twice_is_refused(tiny):
     """The second time destroyed the model."""
-    quantised.quantise(tiny.model, tiny.tokenizer)
+    quantising.quantise(tiny.model, tiny.tokenizer)
     expected = score(PAIRS, *tiny)
     with pytest.raises(ValueError, match="the model is in int8 already"):
-        quantised.quantise(tiny.model, tiny.tokenizer)
+        quantising.quantise(tiny.model, tiny.tokenizer)
     assert score(PAIRS, *tiny) == expected
 
 
@@ -298,16 +299,16 @@ def test_quantising_twice_is_refused(tiny):
 def test_after_ctrl_c_the_model_is_as_it_was_or_says_that_it_is_not(tiny, monkeypatch, layers):
     """It was left half converted, and failed later with "_Pending has no forward"."""
     expected = score(PAIRS, *tiny)
-    results = iter([quantised._quantised] * layers)
+    results = iter([quantising._quantised] * layers)
 
     def interrupted(*arguments):
         for work in results:
             return work(*arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(quantised, "_quantised", interrupted)
+    monkeypatch.setattr(quantising, "_quantised", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        quantised.quantise(tiny.model, tiny.tokenizer)
+        quantising.quantise(tiny.model, tiny.tokenizer)
     if layers:
         with pytest.raises(RuntimeError, match=r"quantising this model was interrupted.*: load it again"):
             score(PAIRS, *tiny)
@@ -317,16 +318,16 @@ def test_after_ctrl_c_the_model_is_as_it_was_or_says_that_it_is_not(tiny, monkey
 
 def test_without_a_safetensors_file_embeddings_stay_in_memory(tiny):
     exact = score(PAIRS, *tiny)
-    quantised.quantise(tiny.model, tiny.tokenizer)
+    quantising.quantise(tiny.model, tiny.tokenizer)
     assert in_one_order(score(PAIRS, *tiny), exact) > 0.95
     with pytest.raises(ValueError, match="int8 takes an unchanged XLM-RoBERTa in float32 on the CPU"):
-        quantised.quantise(make_model(len(tiny.tokenizer)).half(), tiny.tokenizer)
+        quantising.quantise(make_model(len(tiny.tokenizer)).half(), tiny.tokenizer)
 
 
 def test_weights_are_held_once():
     """The float32 weights of a layer go as soon as it is quantised, and its int8 weights are there once only."""
     source = random_layer(1024, 1024)
-    layer = int8.QuantisedLinear(source, int8.Grid(torch.zeros(1024), torch.ones(1024), 255, False))
+    layer = QuantisedLinear(source, Grid(torch.zeros(1024), torch.ones(1024), 255, False))
     tensors = [value for part in layer.modules() for value in vars(part).values() if isinstance(value, torch.Tensor)]
     assert sum(tensor.element_size() * tensor.numel() for tensor in tensors) < 1.05 * 1024 * 1024
 

@@ -27,9 +27,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .checks import check_model
-from .int8 import Grid, QuantisedLinear, levels_for, stay
 from .packed import can_pack, packed_logits
 from .products import multiplies_in
+from .quantised_linear import Grid, QuantisedLinear, levels_for, stay
 from .tokenising import tokenise
 
 if TYPE_CHECKING:
