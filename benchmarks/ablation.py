@@ -1,7 +1,7 @@
-"""What each trick of the engine gives, and where its time goes: python -m benchmarks.ablation --help
+"""What each trick of the packed path gives, and where its time goes: python -m benchmarks.ablation --help
 
-All in one process, in turn. Each line of the first table leaves one thing out of the engine, or adds one that it does
-not have. The options are those of benchmarks.compare; with --threads 1 --clock cpu other programs disturb least.
+All in one process, in turn. Each line of the first table leaves one thing out of the packed path, or adds one that it
+does not have. The options are those of benchmarks.compare; with --threads 1 --clock cpu other programs disturb least.
 """
 
 import argparse
@@ -41,15 +41,15 @@ def prepacked():
 
 def whole_last_layer():
     """Compute the last layer for all tokens, and read the first ones after it. Only the time means something."""
-    attend = packed._attend
+    block = packed._attention_block
 
-    def whole(layer, readers, tokens, reader_lengths, lengths):
-        if readers is tokens:
-            return attend(layer, readers, tokens, reader_lengths, lengths)
-        firsts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
-        return packed._feed_forward(layer, attend(layer, tokens, tokens, lengths, lengths))[firsts]
+    def whole(layer, query_tokens, tokens, query_lengths, lengths):
+        if query_tokens is tokens:
+            return block(layer, query_tokens, tokens, query_lengths, lengths)
+        starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
+        return packed._feed_forward(layer, block(layer, tokens, tokens, lengths, lengths))[starts]
 
-    return patch.object(packed, "_attend", whole)
+    return patch.object(packed, "_attention_block", whole)
 
 
 def profile(pairs, reranker) -> list[str]:
@@ -59,7 +59,7 @@ def profile(pairs, reranker) -> list[str]:
     operations = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
     total = sum(event.self_cpu_time_total for event in operations)
     rows = [f"| {event.key} | {event.self_cpu_time_total / total:.1%} |" for event in operations[:9]]
-    return ["| operation | share of the engine's time |", "|---|---|", *rows]
+    return ["| operation | share of the packed path's time |", "|---|---|", *rows]
 
 
 def main(options: argparse.Namespace) -> None:
@@ -67,8 +67,8 @@ def main(options: argparse.Namespace) -> None:
     reranker, narrow = (load_reranker(model, device="cpu", dtype=dtype) for dtype in ("float32", "int8"))
     pairs = [(QUERY, text) for text in texts(reranker.tokenizer, options.documents)]
     variants = {
-        "the engine": nullcontext(),
-        "the engine in int8": nullcontext(),
+        "the packed path": nullcontext(),
+        "the packed path in int8": nullcontext(),
         "padded, the model's own forward": padded(),
         "torch's products only": route(F.linear),
         "oneDNN's products only": route(products._onednn_linear),
@@ -83,10 +83,10 @@ def main(options: argparse.Namespace) -> None:
         for name, changed in variants.items():
             with changed:
                 begin = now()
-                score(pairs, *(narrow if name == "the engine in int8" else reranker))
+                score(pairs, *(narrow if name == "the packed path in int8" else reranker))
                 seconds[name].append(now() - begin)
     assert score(pairs[:4], *reranker) == expected
-    found, usual = machine("cpu"), statistics.median(seconds["the engine"])
+    found, usual = machine("cpu"), statistics.median(seconds["the packed path"])
     routes = {str(tuple(q[1])): chosen.__name__ for q, chosen in products._found.items() if q[0] == "route"}
     lines = [
         "# ablation",
@@ -94,11 +94,11 @@ def main(options: argparse.Namespace) -> None:
         f"{note}; {len(pairs)} documents, {options.rounds} rounds, {options.threads} threads of {found['processor']}",
         f"({' '.join(found['instructions'])}), torch {torch.__version__}",
         "",
-        "| | time against the engine |",
+        "| | time against the packed path |",
         "|---|---|",
         *(f"| {name} | {statistics.median(times) / usual:.2f} |" for name, times in seconds.items()),
         "",
-        f"The budget of {scoring.BATCH_TOKENS['packed']} is the engine once more: its distance from 1 is the noise.",
+        f"The budget of {scoring.BATCH_TOKENS['packed']} is the packed path again: its distance from 1 is the noise.",
         "",
         f"routes that were measured as faster: {routes}",
         "",

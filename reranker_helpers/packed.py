@@ -1,4 +1,4 @@
-"""The fast path on a CPU: XLM-RoBERTa without padding, and each matrix product by the fastest route that is exact.
+"""The packed path: XLM-RoBERTa on a CPU without padding, and each matrix product by the fastest route that is exact.
 
 The texts of a batch lie end to end in one long row of tokens, so no product is spent on padding. NVIDIA's MLPerf
 submission did this for BERT (github.com/mlcommons/training_results_v1.1, padding.py); FlashAttention's and ModernBERT's
@@ -8,7 +8,7 @@ bert_padding.py follow it.
              <s> a ... </s><pad><pad>
              <s> an ... </s><pad><pad>
 
-Only attention looks from one token at another, so only attention takes the texts one by one. The classifier reads only
+Only attention connects one token with others, so only attention takes the texts one by one. The classifier reads only
 the first token of each text, so the last layer computes only that one. The model is not changed: this file reads its
 weights, and calls its embeddings and activation functions.
 
@@ -139,17 +139,17 @@ def packed_logits(
 ) -> Tensor:
     """Compute what `run_packed` returns, in whatever mode torch is in."""
     lengths = [len(window.token_ids) for window in windows]
-    firsts = torch.tensor([0, *lengths[:-1]], device="cpu").cumsum(0)
+    starts = torch.tensor([0, *lengths[:-1]], device="cpu").cumsum(0)
     dtype = model.dtype if model.dtype == torch.float32 or multiplies_in(model.dtype) else torch.float32
     # Where the processor has no instructions for the dtype of the weights, each layer's are converted to float32 when
     # they are used, which keeps the memory at half and rounds nothing but the weights.
     hidden = _embed(windows, model, "token_type_ids" in tokenizer.model_input_names).to(dtype)
     *layers, last = model.roberta.encoder.layer
     for layer in layers:
-        hidden = _feed_forward(layer, _attend(layer, hidden, hidden, lengths, lengths))
-    read = hidden[firsts]
-    read = _feed_forward(last, _attend(last, read, hidden, [1] * len(lengths), lengths))
-    return _linear(_linear(read.float(), model.classifier.dense).tanh(), model.classifier.out_proj)
+        hidden = _feed_forward(layer, _attention_block(layer, hidden, hidden, lengths, lengths))
+    first_tokens = hidden[starts]
+    first_tokens = _feed_forward(last, _attention_block(last, first_tokens, hidden, [1] * len(lengths), lengths))
+    return _linear(_linear(first_tokens.float(), model.classifier.dense).tanh(), model.classifier.out_proj)
 
 
 def _embed(windows: list[Window], model: XLMRobertaForSequenceClassification, takes_types: bool) -> Tensor:
@@ -166,39 +166,42 @@ def _embed(windows: list[Window], model: XLMRobertaForSequenceClassification, ta
     )[0]
 
 
-def _attend(layer, readers: Tensor, tokens: Tensor, reader_lengths: list[int], lengths: list[int]) -> Tensor:
-    """Compute a layer's attention block, in which each row of `readers` looks at the tokens of its own text.
+def _attention_block(
+    layer, query_tokens: Tensor, tokens: Tensor, query_lengths: list[int], lengths: list[int]
+) -> Tensor:
+    """Compute a layer's attention block. Each query attends to the tokens of its own text.
 
     Args:
         layer: an `XLMRobertaLayer`.
-        readers: (readers, hidden), the tokens whose output is wanted: all of `tokens`, or the first one of each text.
-        tokens: (tokens, hidden).
-        reader_lengths: how many of the readers each text has, (texts).
+        query_tokens: (queries, hidden), the tokens whose output is wanted: all of `tokens`, or the first of each text.
+        tokens: (tokens, hidden), from which keys and values are computed.
+        query_lengths: how many queries each text has, (texts).
         lengths: how many tokens each text has, (texts).
 
     Returns:
-        (readers, hidden)
+        (queries, hidden)
     """
     output = layer.attention.output
-    seen = _look(layer.attention.self, readers, tokens, reader_lengths, lengths)
-    return _norm(_linear(seen, output.dense).add_(readers), output.LayerNorm)
+    attended = _attention(layer.attention.self, query_tokens, tokens, query_lengths, lengths)
+    return _norm(_linear(attended, output.dense).add_(query_tokens), output.LayerNorm)
 
 
-def _look(attention, readers: Tensor, tokens: Tensor, reader_lengths: list[int], lengths: list[int]) -> Tensor:
-    """Return what each reader sees, (readers, hidden). Returning from here frees the keys and values."""
+def _attention(attention, query_tokens: Tensor, tokens: Tensor, query_lengths: list[int], lengths: list[int]) -> Tensor:
+    """Return the output of attention, (queries, hidden). Returning from here frees the keys and values."""
 
     def heads(rows: Tensor, lengths: list[int]) -> tuple[Tensor, ...]:
         split = rows.view(len(rows), attention.num_attention_heads, -1).transpose(0, 1)
         return split[None].split(lengths, dim=2)  # for each text (1, heads, its rows, hidden / heads)
 
-    if readers is tokens:
-        seen, keys, values = _linears(tokens, attention.query, attention.key, attention.value)
+    if query_tokens is tokens:
+        queries, keys, values = _linears(tokens, attention.query, attention.key, attention.value)
     else:
-        (seen,), (keys, values) = _linears(readers, attention.query), _linears(tokens, attention.key, attention.value)
-    texts = zip(heads(seen, reader_lengths), heads(keys, lengths), heads(values, lengths), strict=True)
+        queries = _linear(query_tokens, attention.query)
+        keys, values = _linears(tokens, attention.key, attention.value)
+    texts = zip(heads(queries, query_lengths), heads(keys, lengths), heads(values, lengths), strict=True)
     for query, key, value in texts:
-        query.copy_(F.scaled_dot_product_attention(query, key, value))  # into `seen`: saves memory
-    return seen
+        query.copy_(F.scaled_dot_product_attention(query, key, value))  # in the place of the queries, to save memory
+    return queries
 
 
 def _feed_forward(layer, hidden: Tensor) -> Tensor:

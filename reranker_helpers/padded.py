@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# For each model that was tried: the pad token, and whether scores stay the same with padding.
+# For each model that was tried: the pad token, and whether the model ignores padding.
 _tried: weakref.WeakKeyDictionary[Callable[..., Any], tuple[int | None, bool]] = weakref.WeakKeyDictionary()
 
 
@@ -46,7 +46,7 @@ def run_padded(
     """
     pad = pad_token_id(model, tokenizer)
     padding = len(windows[0].token_ids) > len(windows[-1].token_ids)
-    if len(windows) == 1 or (pad is not None and not padding) or _bears_padding(windows, model, tokenizer, device):
+    if len(windows) == 1 or (pad is not None and not padding) or _ignores_padding(windows, model, tokenizer, device):
         return _run(windows, model, tokenizer, device)
     groups = groupby(windows, key=id if pad is None else lambda window: len(window.token_ids))
     return torch.cat([_run(list(group), model, tokenizer, device) for _, group in groups])
@@ -59,7 +59,7 @@ def pad_token_id(model: Callable[..., Any], tokenizer: PreTrainedTokenizerBase) 
     return getattr(getattr(model, "config", None), "pad_token_id", None)
 
 
-def _bears_padding(
+def _ignores_padding(
     windows: list[Window], model: Callable[..., Any], tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> bool:
     """Whether a text gets the same logit with padding as without. Tried once for each model and pad token.

@@ -135,7 +135,19 @@ def _int8_linear(rows: Tensor, weight: Tensor, scale: Tensor, zeros: Tensor, bia
     (int32) and bias are (outputs,). The op is the one behind PyTorch's own int8 on x86 (torch.ao); it is not public.
     """
     return torch.ops.onednn.qlinear_pointwise(
-        rows, 1.0, 0, weight, scale, zeros, bias, 1.0, 0, torch.float32, "none", [], ""
+        qx=rows,
+        x_scale=1.0,
+        x_zero_point=0,
+        qw=weight,
+        w_scale=scale,
+        w_zero_point=zeros,
+        bias=bias,
+        output_scale=1.0,
+        output_zero_point=0,
+        output_dtype=torch.float32,
+        post_op_name="none",
+        post_op_args=[],
+        post_op_algorithm="",
     )
 
 

@@ -25,8 +25,8 @@ MAX_LENGTH = 512
 """Default limit of a pair in tokens: query, document and special tokens together."""
 
 BATCH_TOKENS = {"cpu": 512, "packed": 1024, "cuda": 16_384}
-"""Default batch budget in tokens, padding included, by type of device; "packed" is the fast path of `packed.py`. On
-a CPU small batches pad little and stay in the cache (benchmarks/results/ablation.md)."""
+"""Default batch budget in tokens, padding included, by type of device; "packed" is the packed path. On a CPU
+small batches pad little and stay in the cache (benchmarks/results/ablation.md)."""
 
 logger = logging.getLogger(__name__)
 

@@ -82,12 +82,12 @@ def test_a_comparison(monkeypatch, tiny_folder, tmp_path):
 
 
 def test_an_ablation(monkeypatch, tiny_folder, tmp_path):
-    """Its changes are made to names inside the engine, and must all be undone."""
+    """Its changes are made to names inside the packed path, and must all be undone."""
     budgets = dict(scoring.BATCH_TOKENS)
     ablation.main(options_for(monkeypatch, tiny_folder, tmp_path))
     table = (tmp_path / "ablation.md").read_text()
     times = dict(re.findall(r"^\| ([^|]+) \| ([\d.]+) \|$", table, re.M))
-    assert times["the engine"] == "1.00"
+    assert times["the packed path"] == "1.00"
     assert {"the last layer for all tokens", "padded, budget 256", "oneDNN's with prepacked weights"} <= set(times)
     assert budgets == scoring.BATCH_TOKENS
 

@@ -1,4 +1,4 @@
-"""The fast path on a CPU: the scores of the plain loop, nothing changed, and the model's own way whenever in doubt."""
+"""The packed path: the scores of the plain loop, nothing changed, and the model's own way whenever in doubt."""
 
 import json
 import math
@@ -23,7 +23,7 @@ ROUTES = {"torch": F.linear, "onednn": products._onednn_linear}
 
 @pytest.fixture
 def packs(monkeypatch):
-    """How many texts each batch had that took the fast path."""
+    """How many texts each batch had that took the packed path."""
     sizes = []
 
     def counted(windows, *reranker):

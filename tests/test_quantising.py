@@ -58,7 +58,7 @@ def test_scores_are_near_those_of_float32(tiny, tiny_folder, levels):
     assert {part.grid.levels for part in linears(reranker.model).values()} == {levels}
 
 
-def test_the_packed_way_and_the_models_own_agree(tiny_folder, levels, monkeypatch):
+def test_the_packed_path_and_the_models_own_agree(tiny_folder, levels, monkeypatch):
     """Someone's hook sends the model its own way: the layers are the same."""
     reranker = load_reranker(tiny_folder, device="cpu", dtype="int8")
     assert packed.can_pack(reranker.model, CPU)
