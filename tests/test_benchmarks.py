@@ -31,6 +31,15 @@ def test_results_name_no_place(path):
     assert not re.search(r"(?<![\w.])/(home|root|work|tmp|Users)/", path.read_text())
 
 
+def test_the_processors_flags_include_amx(monkeypatch, tmp_path):
+    """They decide which dtype is the fastest."""
+    file = tmp_path / "cpuinfo"
+    file.write_text("model name\t: Xeon\nflags\t\t: fpu sse avx avx2 avx512_fp16 amx_bf16 amx_tile amx_int8 amx_fp16\n")
+    monkeypatch.setattr(compare, "Path", lambda _: file)
+    found = compare.machine("cpu")["instructions"]
+    assert found == ["avx2", "avx512_fp16", "amx_bf16", "amx_tile", "amx_int8", "amx_fp16"]
+
+
 def test_kendall_tau():
     assert kendall_tau([1, 2, 3], [10, 20, 30]) == 1
     assert kendall_tau([1, 2, 3], [3, 2, 1]) == -1
