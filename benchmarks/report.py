@@ -12,9 +12,8 @@ CLOCKS = {
     "cpu": "CPU seconds of each process, because others used the machine at the same time; read the ratios only",
 }
 REMARKS = {
-    "full-cpu-avx-vnni": ", of the engine before int8",
-    "full-cpu-avx2": ", of the engine before int8",
-    "int8": ", when int8 took in the whole last layer",
+    "full-cpu-avx-vnni": ", measured before int8 was added",
+    "full-cpu-avx2": ", measured before int8 was added",
 }
 """What has changed since a result was measured, by the file's name. It is added to the title."""
 
