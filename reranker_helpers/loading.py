@@ -13,6 +13,9 @@ import transformers
 
 from .completeness import cached_folder, check_complete, unreadable_files
 from .hub import Answer, ask_hub, in_cache
+from .packed import can_pack
+from .products import multiplies_in
+from .quantised_linear import levels_for
 from .quantising import quantise, refuse_int8
 
 if TYPE_CHECKING:
@@ -48,7 +51,7 @@ def load_reranker(
             never chosen by default: users report hangs and memory leaks with this model on it.
         dtype: "float32", "float16", "bfloat16", "float64" or the `torch.dtype`. Default: float16 on CUDA, float32
             elsewhere. "int8" is for XLM-RoBERTa on a CPU: the weights are quantised while loading, and scores differ
-            from float32 (see `quantising.py`).
+            from float32 (see `quantising.py`). After float32 on a CPU the log names those that are faster there.
         revision: branch, tag or commit on the hub. Default: main.
 
     Returns:
@@ -109,6 +112,8 @@ def load_reranker(
                 weight.data = weight.to(dtype)  # Transformers 4 leaves weights that are stored in float8 as they are
     if int8:
         quantise(model.eval(), tokenizer, _folder(model_name, revision))
+    elif device.type == "cpu" and dtype == torch.float32 and logger.isEnabledFor(logging.INFO):
+        dtype_reason += _faster_dtypes(model, device)
     logger.info("%s on %s (%s) in %s (%s)", model_name, device, device_reason, "int8" if int8 else dtype, dtype_reason)
     return Reranker(model.eval().to(device), tokenizer, device)
 
@@ -138,6 +143,15 @@ def _choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> tupl
     if chosen not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         raise ValueError(f"dtype is {dtype!r}, expected 'float32', 'float16', 'bfloat16', 'float64' or 'int8'")
     return chosen, "asked for"
+
+
+def _faster_dtypes(model: PreTrainedModel, device: torch.device) -> str:
+    """Return what the log says of dtypes in which this processor multiplies faster than in float32."""
+    names = ["'bfloat16'"] if multiplies_in(torch.bfloat16) else []
+    width = model.config.hidden_size if can_pack(model, device) else None  # int8 is for the packed path's models only
+    if width and levels_for(width, width):
+        names.append("'int8'")
+    return f"; faster here, but less exact: dtype={' or '.join(names)}" if names else ""
 
 
 def _folder(model_name: str, revision: str | None) -> str | None:

@@ -5,6 +5,7 @@ import importlib
 import json
 import logging
 import pkgutil
+import platform
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny import make_model, make_tokenizer
 
 import reranker_helpers
-from reranker_helpers import Reranker, load_reranker, rerank, score
+from reranker_helpers import Reranker, load_reranker, products, quantised_linear, rerank, score
 
 
 def test_a_folder_loads_ready_to_rerank(tiny_folder, caplog):
@@ -31,6 +32,31 @@ def test_a_folder_loads_ready_to_rerank(tiny_folder, caplog):
     (record,) = caplog.records
     assert str(device) in record.getMessage()
     assert "the default on" in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("instructions", "levels", "named"),
+    [
+        (None, None, "(asked for)"),
+        (None, 127, "; faster here, but less exact: dtype='int8')"),
+        ("_is_avx512_bf16_supported", 255, "; faster here, but less exact: dtype='bfloat16' or 'int8')"),
+        ("_is_amx_tile_supported", None, "; faster here, but less exact: dtype='bfloat16')"),
+    ],
+)
+def test_the_log_names_what_is_faster_than_float32_on_this_processor(
+    tiny_folder, monkeypatch, caplog, instructions, levels, named
+):
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name == instructions, raising=False)
+    monkeypatch.setattr(quantised_linear, "_exact_levels", lambda *_: levels)
+    monkeypatch.setattr(products, "_found", {})
+    caplog.set_level(logging.INFO, "reranker_helpers")
+    load_reranker(tiny_folder, device="cpu", dtype="float32")
+    load_reranker(tiny_folder, device="cpu", dtype="bfloat16")
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages[0].endswith(named)
+    assert messages[1].endswith("in torch.bfloat16 (asked for)")
 
 
 def test_without_cuda_the_default_is_the_cpu(tiny_folder, monkeypatch):
