@@ -241,10 +241,12 @@ def _several_at_a_time(queues: Iterable[list[Window]], forward: Callable, batch_
     """Yield (batch, logits). A window that is longer than the budget runs first, on all threads, or the others would be
     done long before it."""
     for queue in queues:
-        batches, begin = [], 0
-        while begin < len(queue):
-            batches.append(_next_batch(queue, begin, batch_tokens))
-            begin += len(batches[-1])
+        batches = _cut(queue, batch_tokens)
+        threads = torch.get_num_threads()
+        if 1 < len(batches) < 4 * threads:  # else hardly anything is lost when one thread has a batch more than another
+            rounds = -(-len(batches) // threads)
+            tokens = sum(len(window.token_ids) for window in queue)
+            batches = _cut(queue, min(batch_tokens, tokens // (rounds * threads) + len(queue[0].token_ids) // 2))
         alone = sum(len(batch[0].token_ids) > batch_tokens for batch in batches)
         for count, some in ((1, batches[:alone]), (len(batches) - alone, batches[alone:])):
             with side_by_side(count) as run:
@@ -252,6 +254,14 @@ def _several_at_a_time(queues: Iterable[list[Window]], forward: Callable, batch_
                 for batch in some:
                     stopping.check()
                     yield batch, next(results)
+
+
+def _cut(queue: list[Window], batch_tokens: int) -> list[list[Window]]:
+    batches, begin = [], 0
+    while begin < len(queue):
+        batches.append(_next_batch(queue, begin, batch_tokens))
+        begin += len(batches[-1])
+    return batches
 
 
 def _next_batch(queue: list[Window], begin: int, batch_tokens: int) -> list[Window]:
