@@ -7,7 +7,10 @@ does not have. The options are those of benchmarks.compare; with --threads 1 --c
 import argparse
 import functools
 import statistics
-from contextlib import nullcontext
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, nullcontext
 from unittest.mock import patch
 
 import torch
@@ -21,6 +24,20 @@ from reranker_helpers import load_reranker, packed, products, score, scoring
 
 def batches(tokens: int, **changes):
     return patch.multiple(scoring, BATCH_TOKENS={"cpu": tokens, "packed": tokens}, **changes)
+
+
+def one_at_a_time():
+    return patch.object(scoring, "_several_at_a_time", scoring._one_at_a_time)
+
+
+@contextmanager
+def busy_process():
+    """Keep one core busy, as a browser or a neighbour's container would."""
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
+        try:
+            yield
+        finally:
+            process.kill()
 
 
 def padded(tokens: int = scoring.BATCH_TOKENS["cpu"]):
@@ -69,6 +86,7 @@ def main(options: argparse.Namespace) -> None:
     variants = {
         "the packed path": nullcontext(),
         "the packed path in int8": nullcontext(),
+        "batches one at a time, on all threads": one_at_a_time(),
         "padded, the model's own forward": padded(),
         "torch's products only": route(F.linear),
         "oneDNN's products only": route(products._onednn_linear),
@@ -85,6 +103,14 @@ def main(options: argparse.Namespace) -> None:
                 begin = now()
                 score(pairs, *(narrow if name == "the packed path in int8" else reranker))
                 seconds[name].append(now() - begin)
+    beside = {True: [], False: []}  # by whether batches run side by side
+    with busy_process():
+        for _ in range(options.rounds):
+            for together, times in beside.items():
+                with nullcontext() if together else one_at_a_time():
+                    begin = time.perf_counter()
+                    score(pairs, *reranker)
+                    times.append(time.perf_counter() - begin)
     assert score(pairs[:4], *reranker) == expected
     found, usual = machine("cpu"), statistics.median(seconds["the packed path"])
     routes = {str(tuple(q[1])): chosen.__name__ for q, chosen in products._found.items() if q[0] == "route"}
@@ -99,6 +125,9 @@ def main(options: argparse.Namespace) -> None:
         *(f"| {name} | {statistics.median(times) / usual:.2f} |" for name, times in seconds.items()),
         "",
         f"The budget of {scoring.BATCH_TOKENS['packed']} is the packed path again: its distance from 1 is the noise.",
+        "",
+        f"Beside one busy process: {statistics.median(beside[True]) / usual:.2f} times its time alone, "
+        f"and {statistics.median(beside[False]) / usual:.2f} times with batches one at a time.",
         "",
         f"routes that were measured as faster: {routes}",
         "",

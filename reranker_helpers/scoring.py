@@ -16,6 +16,7 @@ from . import stopping
 from .checks import check_limits, check_model, check_pairs, check_whole_number, query_names
 from .packed import can_pack, run_packed
 from .padded import run_padded
+from .side_by_side import side_by_side
 from .tokenising import Pair, Window, tokenise_ahead
 
 if TYPE_CHECKING:
@@ -157,6 +158,7 @@ def score_pairs(
             lambda batch: forward(batch, model, tokenizer, device),
             batch_tokens,
             lambda pair: bar.update(copies[pair]),
+            _several_at_a_time if packed else _one_at_a_time,
         )
 
     read = {}
@@ -182,36 +184,29 @@ def _run(
     forward: Callable[[list[Window]], torch.Tensor],
     batch_tokens: int,
     done: Callable[[Pair], object],
+    run: Callable[..., Iterator[tuple[list[Window], torch.Tensor]]],
 ) -> Iterator[tuple[_Input, float]]:
     """Return what the model read, each input with its logit, in the order in which they were read.
 
     Args:
         chunks: windows in any order; those of one pair are in one chunk.
         forward: takes a batch and returns its logits, (windows, 1), on any device.
-        batch_tokens: budget of a batch in tokens. Halved on a CUDA out-of-memory error, for the rest of the call.
+        batch_tokens: budget of a batch in tokens.
         done: called with a pair when its last window has been given to the model.
+        run: `_one_at_a_time` or `_several_at_a_time`.
     """
-    inputs, logits = [], []
-    for chunk in chunks:
-        # Longest first, so that batches pad little and memory peaks early. Equal lengths are sorted by tokens, for
-        # the reason that `score_pairs` gives.
-        queue = sorted(chunk, key=lambda window: (-len(window.token_ids), window.token_ids))
-        waiting = Counter(window.pair for window in queue)
-        begin = 0
-        while begin < len(queue):
-            stopping.check()
-            longest = len(queue[begin].token_ids)
-            batch = queue[begin : begin + max(1, batch_tokens // longest)]
-            try:
-                logits.append(_one_logit_each(forward(batch), len(batch)))
-            except torch.cuda.OutOfMemoryError:
-                if len(batch) == 1:
-                    raise
-                batch_tokens = len(batch) * longest // 2
-                torch.cuda.empty_cache()
-                logger.warning("CUDA is out of memory: going on with batch_tokens=%d", batch_tokens)
-                continue
-            begin += len(batch)
+    inputs, logits, waiting = [], [], Counter()
+
+    def queues() -> Iterator[list[Window]]:
+        for chunk in chunks:
+            waiting.update(window.pair for window in chunk)
+            # Longest first, so that batches pad little and memory peaks early. Equal lengths are sorted by tokens,
+            # for the reason that `score_pairs` gives.
+            yield sorted(chunk, key=lambda window: (-len(window.token_ids), window.token_ids))
+
+    with closing(run(queues(), forward, batch_tokens)) as results:
+        for batch, result in results:
+            logits.append(_one_logit_each(result, len(batch)))
             for window in batch:
                 # Not the whole window: the tokens of 100,000 documents would take a gigabyte.
                 inputs.append(_Input(*window[:4], len(window.token_ids)))
@@ -220,6 +215,57 @@ def _run(
                     done(window.pair)
     # Only now do results leave the device: a copy after each batch would make the GPU wait for Python.
     return zip(inputs, torch.cat(logits).tolist(), strict=True)
+
+
+def _one_at_a_time(queues: Iterable[list[Window]], forward: Callable, batch_tokens: int) -> Iterator[tuple]:
+    """Yield (batch, logits). On a CUDA out-of-memory error the budget is halved, for the rest of the call."""
+    for queue in queues:
+        begin = 0
+        while begin < len(queue):
+            stopping.check()
+            batch = _next_batch(queue, begin, batch_tokens)
+            try:
+                logits = forward(batch)
+            except torch.cuda.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+                batch_tokens = len(batch) * len(batch[0].token_ids) // 2
+                torch.cuda.empty_cache()
+                logger.warning("CUDA is out of memory: going on with batch_tokens=%d", batch_tokens)
+                continue
+            begin += len(batch)
+            yield batch, logits
+
+
+def _several_at_a_time(queues: Iterable[list[Window]], forward: Callable, batch_tokens: int) -> Iterator[tuple]:
+    """Yield (batch, logits). A window that is longer than the budget runs first, on all threads, or the others would be
+    done long before it."""
+    for queue in queues:
+        batches = _cut(queue, batch_tokens)
+        threads = torch.get_num_threads()
+        if 1 < len(batches) < 4 * threads:  # else hardly anything is lost when one thread has a batch more than another
+            rounds = -(-len(batches) // threads)
+            tokens = sum(len(window.token_ids) for window in queue)
+            batches = _cut(queue, min(batch_tokens, tokens // (rounds * threads) + len(queue[0].token_ids) // 2))
+        alone = sum(len(batch[0].token_ids) > batch_tokens for batch in batches)
+        for count, some in ((1, batches[:alone]), (len(batches) - alone, batches[alone:])):
+            with side_by_side(count) as run:
+                results = run(forward, some)
+                for batch in some:
+                    stopping.check()
+                    yield batch, next(results)
+
+
+def _cut(queue: list[Window], batch_tokens: int) -> list[list[Window]]:
+    batches, begin = [], 0
+    while begin < len(queue):
+        batches.append(_next_batch(queue, begin, batch_tokens))
+        begin += len(batches[-1])
+    return batches
+
+
+def _next_batch(queue: list[Window], begin: int, batch_tokens: int) -> list[Window]:
+    return queue[begin : begin + max(1, batch_tokens // len(queue[begin].token_ids))]
 
 
 def _one_logit_each(logits: torch.Tensor, count: int) -> torch.Tensor:
