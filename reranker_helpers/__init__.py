@@ -8,8 +8,9 @@
 The panda is a bear that eats bamboo.
 """
 
-from .loading import MODEL_NAME, Reranker, load_reranker
+from .loading import MODEL_NAME, load_reranker
 from .ranking import RankedDocument, rerank
+from .reranker import Reranker
 from .scoring import BATCH_TOKENS, MAX_LENGTH, score
 from .stopping import before_each_batch
 

@@ -6,7 +6,6 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import transformers
@@ -14,22 +13,12 @@ import transformers
 from .completeness import cached_folder, check_complete, unreadable_files
 from .hub import Answer, ask_hub, in_cache
 from .quantised import quantise, refuse_int8
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from .reranker import Reranker
 
 MODEL_NAME = "BAAI/bge-reranker-v2-m3"
 """The default model, on the Hugging Face Hub."""
 
 logger = logging.getLogger(__name__)
-
-
-class Reranker(NamedTuple):
-    """What `rerank` and `score` need, in the order of their parameters: `rerank(query, documents, *reranker)`."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    device: torch.device
 
 
 def load_reranker(

@@ -95,7 +95,7 @@ def quantise(
     >>> assert abs(panda8 - panda) < 0.25 * (panda - bread)
     """
     device = torch.device("cpu")
-    if _is_quantised(model):
+    if is_quantised(model):
         raise ValueError("the model is in int8 already: quantise takes one in float32")
     if not can_pack(model, device) or model.dtype != torch.float32:
         raise ValueError(f"int8 takes an unchanged XLM-RoBERTa in float32 on the CPU, not this {type(model).__name__}")
@@ -112,12 +112,13 @@ def quantise(
         raise
     model.requires_grad_(False)
     for module in model.modules():
-        if _is_quantised(module) and not isinstance(module, QuantisedLinear):
+        if is_quantised(module) and not isinstance(module, QuantisedLinear):
             module._apply = partial(stay, module)  # else half the model would have changed before a layer refuses
     _report(model, before, moved)
 
 
-def _is_quantised(model: torch.nn.Module) -> bool:
+def is_quantised(model: torch.nn.Module) -> bool:
+    """Whether any layer of the model is in int8."""
     return any(isinstance(part, QuantisedLinear) for part in model.modules())
 
 
@@ -141,7 +142,7 @@ def _postpone(model: XLMRobertaForSequenceClassification) -> None:
 
 def _give_up(model: XLMRobertaForSequenceClassification) -> None:
     """Make the model what it was before `quantise`, or unusable if a layer's weights are gone."""
-    if _is_quantised(model):
+    if is_quantised(model):
         model.roberta.encoder = _Interrupted()
         return
     for parent in list(model.modules()):
