@@ -139,7 +139,7 @@ def score_pairs(
     if batch_tokens is None:
         batch_tokens = BATCH_TOKENS["packed"] if packed else BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"])
     batch_tokens = check_whole_number("batch_tokens", batch_tokens, at_least=1)
-    forward = run_packed if packed else run_padded
+    forward: Callable[..., torch.Tensor] = run_packed if packed else run_padded
     if not pairs:
         return []
 
@@ -159,7 +159,7 @@ def score_pairs(
             lambda pair: bar.update(copies[pair]),
         )
 
-    read = {}
+    read: dict[Pair, list[tuple[_Input, float]]] = {}
     for window, logit in results:
         read.setdefault(window.pair, []).append((window, logit))
     scored = {}

@@ -286,7 +286,8 @@ def test_requirements_are_what_is_imported():
     imported = set()
     for source in sources:
         imported |= set(re.findall(r"^\s*(?:import|from) (\w+)", source, re.M))
-    commands, dotted = {"jupyter", "nbval", "pytest_xdist", "ruff"}, {"azure_ai_ml", "azure_identity"}
+    commands = {"jupyter", "mypy", "nbval", "pytest_xdist", "ruff", "types_tqdm"}
+    dotted = {"azure_ai_ml", "azure_identity"}
     guidance = {name for name in pinned if "opentelemetry" in name}  # for pip's resolver
     assert not pinned - commands - dotted - guidance - imported
 
