@@ -14,6 +14,8 @@ from .reranker import Reranker
 from .scoring import BATCH_TOKENS, MAX_LENGTH, score
 from .stopping import before_each_batch
 
+__version__ = "0.2.0"
+
 __all__ = [
     "BATCH_TOKENS",
     "MAX_LENGTH",
