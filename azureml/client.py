@@ -23,7 +23,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import requests
-from requests.packages import urllib3
+import urllib3  # requests brings it
 
 MAX_DOCUMENTS, MAX_BYTES = 1000, 8 * 2**20  # of a request; a deployment that allows less answers 413 and gets halves
 RETRIED = {408, 429, 500, 502, 503, 504}  # what may be temporary: a timeout, too many requests, a server that restarts
@@ -38,7 +38,7 @@ class Result(NamedTuple):
 
     document: str
     score: float | None
-    index: int
+    index: int  # type: ignore[assignment]  # hides a method that all tuples have
 
 
 class Ranking(NamedTuple):
@@ -179,10 +179,12 @@ class _Call:
             timeout, self.failing = urllib3.Timeout(total=left), True
             text, answer, name, asked = b"", None, "", 0.0
             try:
-                with self.post(data=body, headers=self.headers, timeout=timeout) as self.response:
+                # requests' types leave out that it takes a Timeout of urllib3.
+                with self.post(data=body, headers=self.headers, timeout=timeout) as self.response:  # type: ignore[arg-type]
                     status, headers = self.response.status_code, self.response.headers
-                    if status == 424 and headers.get("ms-azureml-model-error-statuscode") in map(str, range(400, 600)):
-                        status = int(headers["ms-azureml-model-error-statuscode"])  # of the scoring script
+                    of_script = headers.get("ms-azureml-model-error-statuscode", "")
+                    if status == 424 and re.fullmatch("[45][0-9]{2}", of_script):
+                        status = int(of_script)
                     if re.fullmatch("[A-Za-z0-9-]{1,40}", headers.get("x-request-id", "")):
                         name = f" (x-request-id {headers['x-request-id']})"
                     with suppress(KeyError, ValueError, urllib3.exceptions.InvalidHeader):
@@ -215,11 +217,11 @@ class _Call:
         """Return the token. Raises RerankFailed, which never quotes it, if no header can hold it."""
         name, token = "token", self.token
         if callable(token):
-            name = "token()"
+            name, get = "token()", token
             try:
-                token = token()
+                token = get()
             except Exception:  # it asks a service, which may fail once
-                token = self.token()
+                token = get()
         if not isinstance(token, str):
             raise RerankFailed(f"{name} is {type(token).__name__}, expected str")
         if not token.strip():

@@ -8,10 +8,13 @@
 The panda is a bear that eats bamboo.
 """
 
-from .loading import MODEL_NAME, Reranker, load_reranker
+from .loading import MODEL_NAME, load_reranker
 from .ranking import RankedDocument, rerank
+from .reranker import Reranker
 from .scoring import BATCH_TOKENS, MAX_LENGTH, score
 from .stopping import before_each_batch
+
+__version__ = "0.2.0"
 
 __all__ = [
     "BATCH_TOKENS",

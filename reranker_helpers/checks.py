@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
 import transformers
@@ -12,7 +12,9 @@ import transformers
 from .tokenising import Pair, count_tokens
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+Item = TypeVar("Item")
 
 COUNT_FROM_PAD = {
     *("camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke", "markuplm", "mpnet"),
@@ -48,7 +50,7 @@ def check_whole_number(name: str, value: object, *, at_least: int) -> int:
     return number
 
 
-def check_list(name: str, values: object, expected: str) -> list:
+def check_list(name: str, values: Iterable[Item], expected: str) -> list[Item]:
     """Return a list, column, generator or other iterable as a list. Raises TypeError for a string, dict or table."""
     if hasattr(values, "columns"):  # iterating over a DataFrame gives the names of its columns
         raise TypeError(
@@ -82,11 +84,11 @@ def query_names(pairs: Iterable[Pair], name: str) -> dict[str, str]:
 def longest_pair(model: Callable[..., Any], tokenizer: PreTrainedTokenizerBase) -> int:
     """Return how many tokens of a pair the model can read: query, document and special tokens together."""
     config = getattr(model, "config", None)
-    positions = getattr(config, "max_position_embeddings", None)
+    positions: int | None = getattr(config, "max_position_embeddings", None)
     if not positions or positions < 0:  # XLNet says -1: it has no limit
         return tokenizer.model_max_length
     # bge-reranker-v2-m3 has 8194 positions but reads 8192 tokens.
-    offset = config.pad_token_id + 1 if _counts_from_pad(config) else 0
+    offset: int = config.pad_token_id + 1 if _counts_from_pad(config) else 0
     return min(tokenizer.model_max_length, positions - offset)
 
 
@@ -177,5 +179,5 @@ def check_model(model: Callable[..., Any], tokenizer: PreTrainedTokenizerBase, d
         raise ValueError(f"device is {str(device)!r}, but the model is on {str(weight.device)!r}: pass that one")
 
 
-def _counts_from_pad(config: object) -> bool:
+def _counts_from_pad(config: object) -> TypeGuard[PretrainedConfig]:
     return getattr(config, "model_type", None) in COUNT_FROM_PAD

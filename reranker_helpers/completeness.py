@@ -75,7 +75,7 @@ def check_complete(
             "tokenizer_config.json",
             where,
         )
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = model.get_input_embeddings().get_parameter("weight").shape[0]
     vocabulary = tokenizer.get_vocab()
     highest = max(vocabulary.values(), default=-1)
     # Without its files Transformers 5 makes a tokenizer of special tokens only, for which each word is unknown.

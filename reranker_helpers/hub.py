@@ -47,7 +47,8 @@ def ask_hub(model_name: str, revision: str | None = None) -> Answer:
             headers = build_hf_headers(token=token)  # in the thread, because huggingface_hub 2 asks the hub for a part
             # Not `head`, which follows redirects in httpx, but not in requests. The wait below always ends first.
             response = get_session().request("HEAD", url, headers=headers, timeout=seconds + 1)
-        except Exception as error:  # whatever this version's session raises, or the user's own
+        except Exception as raised:  # whatever this version's session raises, or the user's own
+            error: BaseException = raised
             while inner := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
                 error = inner  # the first cause says it best: requests wraps it three times
             words = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
@@ -17,22 +17,15 @@ from .packed import can_pack
 from .products import multiplies_in
 from .quantised_linear import levels_for
 from .quantising import quantise, refuse_int8
+from .reranker import Reranker
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 MODEL_NAME = "BAAI/bge-reranker-v2-m3"
 """The default model, on the Hugging Face Hub."""
 
 logger = logging.getLogger(__name__)
-
-
-class Reranker(NamedTuple):
-    """What `rerank` and `score` need, in the order of their parameters: `rerank(query, documents, *reranker)`."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    device: torch.device
 
 
 def load_reranker(
@@ -81,14 +74,13 @@ def load_reranker(
         logger.warning("%s: loading the cached copy of %s, without looking for a newer one", hub.trouble, model_name)
         local = True
     source = {
-        "pretrained_model_name_or_path": model_name,
         "revision": revision,
         "local_files_only": local,
         "trust_remote_code": False,  # by default Transformers asks on stdin, for 15 seconds
     }
     # The config first: a model that cannot rerank is refused before its weights are downloaded.
     with _explained(model_name, revision, hub):
-        config = transformers.AutoConfig.from_pretrained(**source)
+        config = transformers.AutoConfig.from_pretrained(model_name, **source)
     if config.num_labels != 1:
         raise ValueError(
             f"{model_name} has {config.num_labels} labels, expected 1: it is no reranker with one logit a pair, as "
@@ -97,8 +89,9 @@ def load_reranker(
     if int8 and (refused := refuse_int8(config, device)):
         raise ValueError(refused)
     with _explained(model_name, revision, hub):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model_name, **source)
         model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
+            model_name,
             **source,
             dtype=dtype,
             return_dict=True,  # whatever the config says: some models of Transformers fail without it

@@ -19,7 +19,7 @@ the width of the model (1024 in bge-reranker-v2-m3).
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,8 @@ from .quantised_linear import QuantisedLinear
 from .tokenising import Window
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase, XLMRobertaForSequenceClassification
+    from transformers import PreTrainedTokenizerBase, XLMRobertaConfig, XLMRobertaForSequenceClassification
+    from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaLayer
 
 SLICE = 512
 """Tokens that the feed-forward part takes at a time. Its inner vectors are four times as wide as the others, so 8192
@@ -42,11 +43,11 @@ class _Plan(NamedTuple):
     """What a part of a model computes, but for its weights."""
 
     kind: type
-    facts: dict[str, Any]
+    facts: dict[str, object]
     parts: list[tuple[str, _Plan]]
 
 
-_plans: dict[tuple, _Plan] = {}
+_plans: dict[tuple[tuple[str, object], ...], _Plan] = {}
 
 
 def can_pack(model: object, device: torch.device) -> bool:
@@ -71,7 +72,7 @@ def can_pack(model: object, device: torch.device) -> bool:
     )
 
 
-def _plan_of(config: PretrainedConfig) -> _Plan:
+def _plan_of(config: XLMRobertaConfig) -> _Plan:
     """Return the plan of a model with one layer that Transformers makes from this config, without weights."""
     key = tuple((name, value) for name, value in vars(config).items() if isinstance(value, str | int | float | None))
     if key not in _plans:
@@ -86,11 +87,11 @@ def _plan(part: torch.nn.Module) -> _Plan:
     return _Plan(type(part), _facts(part), [(name, _plan(child)) for name, child in part.named_children()])
 
 
-def _facts(part: torch.nn.Module) -> dict[str, Any]:
+def _facts(part: torch.nn.Module) -> dict[str, object]:
     """Return the attributes that say what a part computes, such as a layer norm's `eps`, and which weights it has."""
     if isinstance(part, transformers.PreTrainedModel):  # its own attributes are its name and the like
         return {}
-    facts = {name: weight is None for name, weight in part._parameters.items()}
+    facts: dict[str, object] = {name: weight is None for name, weight in part._parameters.items()}
     for name, value in vars(part).items():
         if name[0] != "_" and name not in ("training", "layer_idx") and isinstance(value, str | int | float | tuple):
             facts[name] = value
@@ -144,12 +145,17 @@ def packed_logits(
     # Where the processor has no instructions for the dtype of the weights, each layer's are converted to float32 when
     # they are used, which keeps the memory at half and rounds nothing but the weights.
     hidden = _embed(windows, model, "token_type_ids" in tokenizer.model_input_names).to(dtype)
-    *layers, last = model.roberta.encoder.layer
+    *layers, last = layers_of(model)
     for layer in layers:
         hidden = _feed_forward(layer, _attention_block(layer, hidden, hidden, lengths, lengths))
     first_tokens = hidden[starts]
     first_tokens = _feed_forward(last, _attention_block(last, first_tokens, hidden, [1] * len(lengths), lengths))
     return _linear(_linear(first_tokens.float(), model.classifier.dense).tanh(), model.classifier.out_proj)
+
+
+def layers_of(model: XLMRobertaForSequenceClassification) -> list[XLMRobertaLayer]:
+    """Return the encoder's layers, first to last."""
+    return cast("list[XLMRobertaLayer]", list(model.roberta.encoder.layer))  # a ModuleList has no type for its elements
 
 
 def _embed(windows: list[Window], model: XLMRobertaForSequenceClassification, takes_types: bool) -> Tensor:
@@ -159,20 +165,21 @@ def _embed(windows: list[Window], model: XLMRobertaForSequenceClassification, ta
     # As `create_position_ids_from_input_ids` in Transformers: count from padding_idx + 1, and skip pad tokens.
     pad = model.roberta.embeddings.padding_idx
     positions = [(text != pad).cumsum(0) * (text != pad) + pad for text in ids]
-    return model.roberta.embeddings(
+    embedded: Tensor = model.roberta.embeddings(
         input_ids=torch.cat(ids)[None],
         token_type_ids=torch.tensor([type_id for text in types for type_id in text], device="cpu")[None],
         position_ids=torch.cat(positions)[None],
     )[0]
+    return embedded
 
 
 def _attention_block(
-    layer, query_tokens: Tensor, tokens: Tensor, query_lengths: list[int], lengths: list[int]
+    layer: XLMRobertaLayer, query_tokens: Tensor, tokens: Tensor, query_lengths: list[int], lengths: list[int]
 ) -> Tensor:
     """Compute a layer's attention block. Each query attends to the tokens of its own text.
 
     Args:
-        layer: an `XLMRobertaLayer`.
+        layer: one of the encoder's.
         query_tokens: (queries, hidden), the tokens whose output is wanted: all of `tokens`, or the first of each text.
         tokens: (tokens, hidden), from which keys and values are computed.
         query_lengths: how many queries each text has, (texts).
@@ -182,16 +189,19 @@ def _attention_block(
         (queries, hidden)
     """
     output = layer.attention.output
-    attended = _attention(layer.attention.self, query_tokens, tokens, query_lengths, lengths)
+    attended = _attention(layer, query_tokens, tokens, query_lengths, lengths)
     return _norm(_linear(attended, output.dense).add_(query_tokens), output.LayerNorm)
 
 
-def _attention(attention, query_tokens: Tensor, tokens: Tensor, query_lengths: list[int], lengths: list[int]) -> Tensor:
+def _attention(
+    layer: XLMRobertaLayer, query_tokens: Tensor, tokens: Tensor, query_lengths: list[int], lengths: list[int]
+) -> Tensor:
     """Return the output of attention, (queries, hidden). Returning from here frees the keys and values."""
+    attention = layer.attention.self
 
     def heads(rows: Tensor, lengths: list[int]) -> tuple[Tensor, ...]:
         split = rows.view(len(rows), attention.num_attention_heads, -1).transpose(0, 1)
-        return split[None].split(lengths, dim=2)  # for each text (1, heads, its rows, hidden / heads)
+        return torch.split(split[None], lengths, dim=2)  # for each text (1, heads, its rows, hidden / heads)
 
     if query_tokens is tokens:
         queries, keys, values = _linears(tokens, attention.query, attention.key, attention.value)
@@ -204,10 +214,10 @@ def _attention(attention, query_tokens: Tensor, tokens: Tensor, query_lengths: l
     return queries
 
 
-def _feed_forward(layer, hidden: Tensor) -> Tensor:
+def _feed_forward(layer: XLMRobertaLayer, hidden: Tensor) -> Tensor:
     """Compute a layer's feed-forward block: (rows, hidden) in, (rows, hidden) out."""
     result = torch.empty_like(hidden)
-    for rows, into in zip(hidden.split(SLICE), result.split(SLICE), strict=True):
+    for rows, into in zip(torch.split(hidden, SLICE), torch.split(result, SLICE), strict=True):
         inner = layer.intermediate.intermediate_act_fn(_linear(rows, layer.intermediate.dense))
         into.copy_(_norm(_linear(inner, layer.output.dense).add_(rows), layer.output.LayerNorm))
     return result
@@ -217,11 +227,11 @@ def _norm(rows: Tensor, part: torch.nn.LayerNorm) -> Tensor:
     return F.layer_norm(rows, part.normalized_shape, part.weight.to(rows), part.bias.to(rows), part.eps)
 
 
-def _linear(rows: Tensor, part: torch.nn.Module) -> Tensor:
+def _linear(rows: Tensor, part: torch.nn.Linear | QuantisedLinear) -> Tensor:
     return _linears(rows, part)[0]
 
 
-def _linears(rows: Tensor, *parts: torch.nn.Module) -> list[Tensor]:
+def _linears(rows: Tensor, *parts: torch.nn.Linear | QuantisedLinear) -> list[Tensor]:
     """Return what several linear layers make of the same rows: (rows, inputs) in, a (rows, outputs) for each layer out.
 
     Layers of `quantised_linear.py` that share a grid round the rows only once.

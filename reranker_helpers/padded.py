@@ -54,9 +54,8 @@ def run_padded(
 
 def pad_token_id(model: Callable[..., Any], tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Return the id that short texts are padded with: the tokenizer's, else the model's, else None."""
-    if tokenizer.pad_token_id is not None:
-        return tokenizer.pad_token_id
-    return getattr(getattr(model, "config", None), "pad_token_id", None)
+    own: int | None = tokenizer.pad_token_id
+    return getattr(getattr(model, "config", None), "pad_token_id", None) if own is None else own
 
 
 def _ignores_padding(
@@ -114,18 +113,19 @@ def _run(
         # The copy from pinned memory to a GPU is asynchronous: Python does not wait for it.
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
+    mask = padded(([1] * length for length in lengths), 0)
+    ready = device.type == "cuda" and _takes_ready_masks(model)
     inputs = {
         "input_ids": padded((window.token_ids for window in windows), pad_token_id(model, tokenizer)),
-        "attention_mask": padded(([1] * length for length in lengths), 0),
+        "attention_mask": _ready_mask(mask, lengths) if ready else mask,
     }
     if "token_type_ids" in tokenizer.model_input_names:
         inputs["token_type_ids"] = padded((window.type_ids for window in windows), tokenizer.pad_token_type_id)
-    if device.type == "cuda" and _takes_ready_masks(model):
-        inputs["attention_mask"] = _ready_mask(inputs["attention_mask"], lengths)
     # For this call only: greenlets, which share their thread's modes, may run before and after.
     with torch.inference_mode():
         output = model(**inputs)
-    return output.logits if hasattr(output, "logits") else output[0]  # a tuple if config.return_dict is False
+    logits: torch.Tensor = output.logits if hasattr(output, "logits") else output[0]  # a tuple without `return_dict`
+    return logits
 
 
 def _takes_ready_masks(model: Callable[..., Any]) -> bool:

@@ -10,14 +10,17 @@ import math
 import platform
 import time
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Answer = TypeVar("Answer")
+
 # Answers by question. Without a lock, because a thread that waits for one in the middle of a forward pass would keep
 # torch's inference mode on, and greenlets share their thread's modes.
-_found: dict[tuple, object] = {}
+_found: dict[tuple[object, ...], Any] = {}
 
 # The processor's time that this thread took, on which other processes have little influence. Windows counts it in steps
 # of 16 ms, too long for one product.
@@ -42,10 +45,10 @@ def multiplies_in(dtype: torch.dtype) -> bool:
     try:
         if platform.machine().lower() in ("arm64", "aarch64"):
             name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[dtype]
-            return getattr(torch.ops.mkldnn, name)()
+            return bool(getattr(torch.ops.mkldnn, name)())
         if dtype == torch.bfloat16:
             return has("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        return has("_is_amx_fp16_supported") or torch.ops.mkldnn._is_mkldnn_fp16_supported()
+        return has("_is_amx_fp16_supported") or bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
     except (AttributeError, RuntimeError):  # a build of torch without oneDNN
         return False
 
@@ -53,7 +56,8 @@ def multiplies_in(dtype: torch.dtype) -> bool:
 def _onednn_linear(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The op that code from torch.compile calls; it is not public. Unlike `torch.set_float32_matmul_precision` it sets
     nothing global, and by default it does not round to bfloat16: torch sets oneDNN's `fpmath_mode` only on request."""
-    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    return result
 
 
 def _route(weight: Tensor, bias: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -85,14 +89,15 @@ def _faster_route(weight: Tensor, bias: Tensor) -> Callable[[Tensor, Tensor, Ten
     return _onednn_linear if ours < 0.8 * torchs else F.linear
 
 
-def find_once(question: tuple, find: Callable[[], object]):
+def find_once(question: tuple[object, ...], find: Callable[[], Answer]) -> Answer:
     """Return `find()`, called once per process for each question and setting of torch."""
     onednn = torch.backends.mkldnn
     precision = onednn.matmul.fp32_precision if hasattr(onednn, "matmul") else torch.get_float32_matmul_precision()
     question = (*question, onednn.enabled, precision)
     if question not in _found:
         _found.setdefault(question, find())  # of threads that find it at the same time, the first
-    return _found[question]
+    answer: Answer = _found[question]
+    return answer
 
 
 def seconds(*works: Callable[[], object]) -> list[float]:

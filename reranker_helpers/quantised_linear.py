@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -96,16 +97,17 @@ class QuantisedLinear(torch.nn.Module):
             return torch.addcmul(self.bias, result, rows.step, out=result)
         return torch.addcmul(self.bias, rows.low, self.sums).addcmul_(result, rows.step)
 
-    def _apply(self, fn, recurse=True):
-        return stay(self, fn)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantisedLinear:
+        stay(self, fn)
+        return self
 
-    def _save_to_state_dict(self, *_):
+    def _save_to_state_dict(self, *_: object) -> NoReturn:
         raise TypeError(_NOT_SAVED)
 
-    def __getstate__(self):
+    def __getstate__(self) -> NoReturn:
         raise TypeError(_NOT_SAVED)
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantisedLinear:
         # The weight in oneDNN's order has no storage that could be copied. It never changes, so copies share it.
         memo[id(self.weight)] = self.weight
         memo[id(self)] = copied = self.__new__(type(self))
@@ -119,7 +121,7 @@ _NOT_SAVED = (
 )
 
 
-def stay(module: torch.nn.Module, fn, recurse=True) -> torch.nn.Module:
+def stay(module: torch.nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> torch.nn.Module:
     """Stand in for `module._apply`: return the module as it is, or raise TypeError if `fn` is to change its dtype or
     device."""
     probe = fn(torch.empty(0, dtype=torch.float32, device="cpu"))
@@ -134,7 +136,7 @@ def _int8_linear(rows: Tensor, weight: Tensor, scale: Tensor, zeros: Tensor, bia
     Rows (tokens, inputs) are uint8, weight comes from `qlinear_prepack` of (outputs, inputs) in int8, and scale, zeros
     (int32) and bias are (outputs,). The op is the one behind PyTorch's own int8 on x86 (torch.ao); it is not public.
     """
-    return torch.ops.onednn.qlinear_pointwise(
+    result: Tensor = torch.ops.onednn.qlinear_pointwise(
         qx=rows,
         x_scale=1.0,
         x_zero_point=0,
@@ -149,6 +151,7 @@ def _int8_linear(rows: Tensor, weight: Tensor, scale: Tensor, zeros: Tensor, bia
         post_op_args=[],
         post_op_algorithm="",
     )
+    return result
 
 
 def levels_for(outputs: int, inputs: int) -> int | None:

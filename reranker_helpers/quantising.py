@@ -19,7 +19,7 @@ import logging
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .checks import check_model
-from .packed import can_pack, packed_logits
+from .packed import can_pack, layers_of, packed_logits
 from .products import multiplies_in
 from .quantised_linear import Grid, QuantisedLinear, levels_for, stay
 from .tokenising import tokenise
@@ -95,7 +95,7 @@ def quantise(
     >>> assert abs(panda8 - panda) < 0.25 * (panda - bread)
     """
     device = torch.device("cpu")
-    if _is_quantised(model):
+    if is_quantised(model):
         raise ValueError("the model is in int8 already: quantise takes one in float32")
     if not can_pack(model, device) or model.dtype != torch.float32:
         raise ValueError(f"int8 takes an unchanged XLM-RoBERTa in float32 on the CPU, not this {type(model).__name__}")
@@ -112,24 +112,26 @@ def quantise(
         raise
     model.requires_grad_(False)
     for module in model.modules():
-        if _is_quantised(module) and not isinstance(module, QuantisedLinear):
-            module._apply = partial(stay, module)  # else half the model would have changed before a layer refuses
+        if is_quantised(module) and not isinstance(module, QuantisedLinear):
+            # Else half the model would have changed before a layer refuses.
+            vars(module)["_apply"] = partial(stay, module)
     _report(model, before, moved)
 
 
-def _is_quantised(model: torch.nn.Module) -> bool:
+def is_quantised(model: torch.nn.Module) -> bool:
+    """Whether any layer of the model is in int8."""
     return any(isinstance(part, QuantisedLinear) for part in model.modules())
 
 
 def _postpone(model: XLMRobertaForSequenceClassification) -> None:
     """Have each layer that is to be quantised wait for the rows that it will read."""
-    last = model.roberta.encoder.layer[-1]
-    for layer in model.roberta.encoder.layer:
+    layers = layers_of(model)
+    for layer in layers:
         own, output = layer.attention.self, layer.attention.output
-        if layer is last:
+        if layer is layers[-1]:
             # The rest of it reads first tokens only: int8 would save next to no time there, and made half of the error
             # on this repository's stand-in.
-            groups = [[(own, "key"), (own, "value")]]
+            groups: list[list[tuple[torch.nn.Module, str]]] = [[(own, "key"), (own, "value")]]
         else:
             groups = [[(own, "query"), (own, "key"), (own, "value")]]
             groups += [[(output, "dense")], [(layer.intermediate, "dense")], [(layer.output, "dense")]]
@@ -141,8 +143,8 @@ def _postpone(model: XLMRobertaForSequenceClassification) -> None:
 
 def _give_up(model: XLMRobertaForSequenceClassification) -> None:
     """Make the model what it was before `quantise`, or unusable if a layer's weights are gone."""
-    if _is_quantised(model):
-        model.roberta.encoder = _Interrupted()
+    if is_quantised(model):
+        model.roberta.add_module("encoder", _Interrupted())
         return
     for parent in list(model.modules()):
         for name, part in list(parent.named_children()):
@@ -193,9 +195,10 @@ def _leave_the_file(model: XLMRobertaForSequenceClassification, folder: str | No
             file = stack.enter_context(safe_open(Path(folder) / "model.safetensors", framework="pt"))
             names = file.keys()
         for name, weight in model.named_parameters():
-            stored = file.get_tensor(name) if name.endswith("_embeddings.weight") and name in names else None
-            same = stored is not None and stored.dtype == weight.dtype and stored.shape == weight.shape
-            weight.data = stored if same else weight.detach().clone()
+            stored = file.get_tensor(name) if file and name.endswith("_embeddings.weight") and name in names else None
+            if stored is None or stored.dtype != weight.dtype or stored.shape != weight.shape:
+                stored = weight.detach().clone()
+            weight.data = stored
 
 
 class _Pending(torch.nn.Module):
@@ -219,13 +222,14 @@ class _Pending(torch.nn.Module):
             quantised = _quantised(sources, rows, [part.result for part in pending], self.one_sided)
             for (parent, name), part in zip(self.group, quantised, strict=True):
                 setattr(parent, name, part)
+        assert self.result is not None  # a layer is in its own group
         return self.result
 
 
 class _Interrupted(torch.nn.Module):
     """What is left of an encoder when quantising ends early."""
 
-    def forward(self, *_, **__):
+    def forward(self, *_: object, **__: object) -> NoReturn:
         raise RuntimeError("quantising this model was interrupted, and its weights are lost: load it again")
 
 
@@ -240,12 +244,13 @@ def _quantised(
     and `exact` what they make of them."""
     levels = levels_for(*sources[0].weight.shape)
     shift = rows.double().mean(0)
-    best, least = None, None
+    best: list[QuantisedLinear] = []
+    least: list[float] = []
     for stretch in (torch.ones_like(shift), _stretch(rows - shift, sources)):
         grid = Grid(shift, stretch, levels, one_sided)
         parts = [QuantisedLinear(source, grid) for source in sources]
         errors = [_error(part(rows), right) for part, right in zip(parts, exact, strict=True)]
-        if least is None or sum(errors) < sum(least):
+        if not best or sum(errors) < sum(least):
             best, least = parts, errors
     chosen = zip(sources, best, least, strict=True)
     return [part if error <= LIMIT else source for source, part, error in chosen]
@@ -261,7 +266,7 @@ def _stretch(rows: Tensor, sources: list[torch.nn.Linear]) -> Tensor:
     def size(*blocks: Tensor) -> Tensor:  # geometric mean of root mean square and maximum: a few rows pin down neither
         sums = sum(torch.linalg.vector_norm(block, dim=0) ** 2 for block in blocks)
         largest = torch.stack([torch.maximum(block.amax(0), -block.amin(0)) for block in blocks]).amax(0)
-        sizes = ((sums / sum(map(len, blocks))).sqrt() * largest).sqrt()
+        sizes: Tensor = ((sums / sum(map(len, blocks))).sqrt() * largest).sqrt()
         return sizes.clamp_min((sizes.mean() / 100).item() or 1e-30)
 
     factor = (size(rows) / size(*(source.weight.double() for source in sources))).sqrt()
@@ -272,4 +277,4 @@ def _error(rows: Tensor, exact: Tensor) -> float:
     """Return the norm of the error as a share of the norm of `exact` around its mean over the tokens: what all tokens
     have in common tells none of them apart. Both are (tokens, outputs)."""
     exact = exact.double()
-    return ((rows - exact).norm() / (exact - exact.mean(0)).norm().clamp_min(1e-30)).item()
+    return float((rows - exact).norm() / (exact - exact.mean(0)).norm().clamp_min(1e-30))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,6 +28,9 @@ MAX_LENGTH = 512
 BATCH_TOKENS = {"cpu": 512, "packed": 1024, "cuda": 16_384}
 """Default batch budget in tokens, padding included, by type of device; "packed" is the packed path. On a CPU
 small batches pad little and stay in the cache (benchmarks/results/ablation.md)."""
+
+Forward = Callable[[list[Window]], torch.Tensor]
+Results = Generator[tuple[list[Window], torch.Tensor], None, None]  # batches, each with its logits
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +143,7 @@ def score_pairs(
     if batch_tokens is None:
         batch_tokens = BATCH_TOKENS["packed"] if packed else BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"])
     batch_tokens = check_whole_number("batch_tokens", batch_tokens, at_least=1)
-    forward = run_packed if packed else run_padded
+    forward: Callable[..., torch.Tensor] = run_packed if packed else run_padded
     if not pairs:
         return []
 
@@ -161,7 +164,7 @@ def score_pairs(
             _several_at_a_time if packed else _one_at_a_time,
         )
 
-    read = {}
+    read: dict[Pair, list[tuple[_Input, float]]] = {}
     for window, logit in results:
         read.setdefault(window.pair, []).append((window, logit))
     scored = {}
@@ -181,10 +184,10 @@ def score_pairs(
 
 def _run(
     chunks: Iterable[list[Window]],
-    forward: Callable[[list[Window]], torch.Tensor],
+    forward: Forward,
     batch_tokens: int,
     done: Callable[[Pair], object],
-    run: Callable[..., Iterator[tuple[list[Window], torch.Tensor]]],
+    run: Callable[[Iterable[list[Window]], Forward, int], Results],
 ) -> Iterator[tuple[_Input, float]]:
     """Return what the model read, each input with its logit, in the order in which they were read.
 
@@ -195,7 +198,8 @@ def _run(
         done: called with a pair when its last window has been given to the model.
         run: `_one_at_a_time` or `_several_at_a_time`.
     """
-    inputs, logits, waiting = [], [], Counter()
+    inputs, logits = [], []
+    waiting: Counter[Pair] = Counter()
 
     def queues() -> Iterator[list[Window]]:
         for chunk in chunks:
@@ -217,7 +221,7 @@ def _run(
     return zip(inputs, torch.cat(logits).tolist(), strict=True)
 
 
-def _one_at_a_time(queues: Iterable[list[Window]], forward: Callable, batch_tokens: int) -> Iterator[tuple]:
+def _one_at_a_time(queues: Iterable[list[Window]], forward: Forward, batch_tokens: int) -> Results:
     """Yield (batch, logits). On a CUDA out-of-memory error the budget is halved, for the rest of the call."""
     for queue in queues:
         begin = 0
@@ -237,7 +241,7 @@ def _one_at_a_time(queues: Iterable[list[Window]], forward: Callable, batch_toke
             yield batch, logits
 
 
-def _several_at_a_time(queues: Iterable[list[Window]], forward: Callable, batch_tokens: int) -> Iterator[tuple]:
+def _several_at_a_time(queues: Iterable[list[Window]], forward: Forward, batch_tokens: int) -> Results:
     """Yield (batch, logits). A window that is longer than the budget runs first, on all threads, or the others would be
     done long before it."""
     for queue in queues:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 import torch
@@ -41,14 +41,23 @@ def side_by_side(count: int) -> Iterator[Callable[[Callable[[Work], Result], lis
     def start() -> None:
         # Where gevent has made threads greenlets, this would be the caller's own thread.
         if threading.get_native_id() != caller:
-            _use_threads(threads // workers)
+            with suppress(RuntimeError):  # no thread can be started: go on with all threads
+                _use_threads(threads // workers)
 
     pool = ThreadPoolExecutor(workers, "rerank", start)
 
+    def begin(work: Callable[[Work], Result], one: Work) -> Future[Result]:
+        try:
+            return pool.submit(work, one)
+        except RuntimeError:  # no thread can be started, as when the interpreter is about to end
+            future: Future[Result] = Future()
+            future.set_result(work(one))
+            return future
+
     def run(work: Callable[[Work], Result], works: list[Work]) -> Iterator[Result]:
-        waiting: deque = deque()
+        waiting: deque[Future[Result]] = deque()
         for one in works:
-            waiting.append(pool.submit(work, one))
+            waiting.append(begin(work, one))
             if len(waiting) > workers:
                 yield waiting.popleft().result()
         while waiting:
@@ -67,8 +76,14 @@ def _use_threads(count: int) -> None:
     first time later (ATen/ParallelOpenMP.cpp). The latter is set back, by a thread that ends.
     """
     with _settings:
-        others = torch.get_num_threads()
+        others, is_set = torch.get_num_threads(), threading.Event()
+
+        def restore() -> None:
+            is_set.wait()
+            torch.set_num_threads(others)
+
+        thread = threading.Thread(target=restore)
+        thread.start()  # first: where no thread can be started, nothing is changed
         torch.set_num_threads(count)
-        restore = threading.Thread(target=torch.set_num_threads, args=(others,))
-        restore.start()
-        restore.join()
+        is_set.set()
+        thread.join()

@@ -6,7 +6,7 @@ import functools
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -25,6 +25,7 @@ CHUNK_CHARACTERS = 400_000
 Pair = tuple[str, str]
 """Query and document."""
 
+Text = TypeVar("Text", str, Pair)
 Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class Window(NamedTuple):
 
 def count_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the number of tokens of each text, without special tokens."""
-    counts = []
+    counts: list[int] = []
     for chunk in _chunks(texts):
         stopping.check()
         with _lock:
@@ -75,7 +76,7 @@ def tokenise_ahead(
     max_length: int,
     stride: int | None,
     keep_special_tokens: bool = False,
-) -> Iterator[list[Window]]:
+) -> Generator[list[Window]]:
     """Yield the windows of the pairs, chunk by chunk. A thread tokenises the next chunk, so that no GPU has to wait.
     The arguments are those of `tokenise`."""
     options = (tokenizer, max_length, stride, keep_special_tokens)
@@ -109,9 +110,10 @@ def _in_a_thread(work: Callable[[], Result]) -> Future[Result]:
     return future
 
 
-def _chunks(texts: list) -> Iterator[list]:
-    """Cut a list of strings or pairs into chunks that tokenise in well under a second."""
-    chunk, characters = [], 0
+def _chunks(texts: list[Text]) -> Iterator[list[Text]]:
+    """Cut a list into chunks that tokenise in well under a second."""
+    chunk: list[Text] = []
+    characters = 0
     for text in texts:
         size = len(text) if isinstance(text, str) else sum(map(len, text))
         if chunk and (len(chunk) == CHUNK or characters + size > CHUNK_CHARACTERS):
@@ -172,6 +174,7 @@ def _windows(
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[Window]:
     token_ids, type_ids, sequences = encoding.ids, encoding.type_ids, encoding.sequence_ids
+    offsets = encoding.offsets
     if any(token in controls for token, sequence in zip(token_ids, sequences, strict=True) if sequence is not None):
         token_ids = _without_controls(token_ids, sequences, controls, tokenizer)
     begin = sequences.index(1) if 1 in sequences else len(sequences)
@@ -184,7 +187,7 @@ def _windows(
         stop = min(start + room, end)
         if start <= covered:
             covered = stop
-        span = (encoding.token_to_chars(start)[0], encoding.token_to_chars(stop - 1)[1]) if start < stop else (0, 0)
+        span = (offsets[start][0], offsets[stop - 1][1]) if start < stop else (0, 0)
         kept = [row[:begin] + row[start:stop] + row[end:] for row in (token_ids, type_ids)]
         windows.append(Window(pair, *span, stop < end and stride is None, *kept))
     # A tokenizer that truncates unasked, or a missing window, would silently cause a wrong ranking.

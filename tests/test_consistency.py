@@ -26,8 +26,7 @@ def test_torch_is_the_version_that_was_tested(path):
 def test_ci_tries_the_lowest_versions_that_are_allowed():
     allowed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     tried = (ROOT / ".github/lowest.txt").read_text().splitlines()
-    for requirement in allowed:
-        name, lowest = requirement.split(">=")
+    for name, lowest in [requirement.split(">=") for requirement in allowed if ">=" in requirement]:
         assert f"{name}=={lowest}.0" in tried
 
 

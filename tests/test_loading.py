@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import inspect
 import json
 import logging
 import pkgutil
@@ -57,6 +58,28 @@ def test_the_log_names_what_is_faster_than_float32_on_this_processor(
     messages = [record.getMessage() for record in caplog.records]
     assert messages[0].endswith(named)
     assert messages[1].endswith("in torch.bfloat16 (asked for)")
+
+
+@pytest.mark.parametrize("function", [rerank, score])
+def test_its_methods_are_the_functions(tiny, monkeypatch, function):
+    """Users of other rerankers write `reranker.rerank(...)`, and got an AttributeError."""
+    method, wanted = getattr(tiny, function.__name__), inspect.signature(function)
+    parameters = [p for p in wanted.parameters.values() if p.name not in ("model", "tokenizer", "device")]
+    assert inspect.signature(method) == wanted.replace(parameters=parameters)
+    passed = {p.name: object() for p in parameters}
+    monkeypatch.setattr(
+        f"reranker_helpers.reranker.{function.__name__}", lambda *args, **kwargs: wanted.bind(*args, **kwargs).arguments
+    )
+    assert method(**passed) == passed | tiny._asdict()
+
+
+def test_it_shows_itself_in_one_line(tiny, tiny_folder):
+    """Notebooks printed the tree of all modules."""
+    for dtype in ("bfloat16", "int8"):
+        shown = f"Reranker({tiny_folder}, {dtype} on cpu, reads at most 8192 tokens)"
+        assert repr(load_reranker(tiny_folder, device="cpu", dtype=dtype)) == shown
+    assert repr(tiny).startswith("Reranker(XLMRobertaForSequenceClassification, float32 on cpu")
+    assert repr(Reranker(print, tiny.tokenizer, tiny.device)).startswith("Reranker(builtin_function_or_method, ")
 
 
 def test_without_cuda_the_default_is_the_cpu(tiny_folder, monkeypatch):
