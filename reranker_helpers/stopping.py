@@ -13,8 +13,8 @@ _check: ContextVar[Callable[[], object]] = ContextVar("check", default=lambda: N
 def before_each_batch(check: Callable[[], object]) -> Iterator[None]:
     """Call `check()` before each batch of `rerank` and `score` in this block. What it raises ends them.
 
-    Calls in other threads or asyncio tasks go on. A batch that has begun is finished, which on a CPU may take seconds;
-    a GPU is given a few batches in advance.
+    Calls in other threads or asyncio tasks go on. Batches that have begun are finished: on a CPU up to one for each of
+    torch's threads, which may take seconds; a GPU is given a few in advance.
 
     Example, with the `reranker` that `load_reranker` returned:
 
