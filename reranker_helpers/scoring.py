@@ -252,9 +252,8 @@ def _several_at_a_time(queues: Iterable[list[Window]], forward: Forward, batch_t
             tokens = sum(len(window.token_ids) for window in queue)
             batches = _cut(queue, min(batch_tokens, tokens // (rounds * threads) + len(queue[0].token_ids) // 2))
         alone = sum(len(batch[0].token_ids) > batch_tokens for batch in batches)
-        for count, some in ((1, batches[:alone]), (len(batches) - alone, batches[alone:])):
-            with side_by_side(count) as run:
-                results = run(forward, some)
+        for some in (*([batch] for batch in batches[:alone]), batches[alone:]):
+            with closing(side_by_side(forward, some)) as results:
                 for batch in some:
                     stopping.check()
                     yield batch, next(results)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator
+from concurrent.futures import Future
+from contextlib import suppress
 from typing import TypeVar
 
 import torch
+
+from .tokenising import in_a_thread
 
 Work = TypeVar("Work")
 Result = TypeVar("Result")
@@ -21,52 +23,47 @@ Result = TypeVar("Result")
 _settings = threading.Lock()
 
 
-@contextmanager
-def side_by_side(count: int) -> Iterator[Callable[[Callable[[Work], Result], list[Work]], Iterator[Result]]]:
-    """Give a function that maps works to results, in order, several at a time while the block lasts.
+def side_by_side(work: Callable[[Work], Result], works: list[Work]) -> Generator[Result]:
+    """Yield `work(one)` for each of `works`, in order, several of them at a time.
 
-    Args:
-        count: how many works there are at least. With fewer than torch has threads, each work has several.
-
-    The threads that the caller may use are those that `torch.get_num_threads()` says in his thread, no more. Neither
-    this number nor that of any other thread changes, and no thread stays when the block ends.
+    The threads that the caller may use are those that `torch.get_num_threads()` says in his thread, no more; with fewer
+    works than that, each work has several. Neither this number nor that of any other thread changes. Closing the
+    generator waits for what has begun and leaves out the rest, and no thread stays.
     """
     threads = torch.get_num_threads()
-    workers = min(threads, count)
+    workers = min(threads, len(works))
     if workers < 2:
-        yield lambda work, works: map(work, works)
+        yield from map(work, works)
         return
     caller = threading.get_native_id()
+    results: list[Future[Result]] = [Future() for _ in works]
+    waiting = deque(zip(works, results, strict=True))
 
-    def start() -> None:
+    def take_works() -> None:
         # Where gevent has made threads greenlets, this would be the caller's own thread.
         if threading.get_native_id() != caller:
             with suppress(RuntimeError):  # no thread can be started: go on with all threads
                 _use_threads(threads // workers)
+        while True:
+            try:
+                one, result = waiting.popleft()
+            except IndexError:
+                return
+            try:
+                result.set_result(work(one))
+            except BaseException as error:
+                waiting.clear()  # nobody will read what comes after this
+                result.set_exception(error)
 
-    pool = ThreadPoolExecutor(workers, "rerank", start)
-
-    def begin(work: Callable[[Work], Result], one: Work) -> Future[Result]:
-        try:
-            return pool.submit(work, one)
-        except RuntimeError:  # no thread can be started, as when the interpreter is about to end
-            future: Future[Result] = Future()
-            future.set_result(work(one))
-            return future
-
-    def run(work: Callable[[Work], Result], works: list[Work]) -> Iterator[Result]:
-        waiting: deque[Future[Result]] = deque()
-        for one in works:
-            waiting.append(begin(work, one))
-            if len(waiting) > workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
+    ended: list[Future[None]] = []
     try:
-        yield run
+        ended += [in_a_thread(take_works) for _ in range(workers)]
+        for result in results:
+            yield result.result()
     finally:
-        pool.shutdown(cancel_futures=True)
+        waiting.clear()
+        for end in ended:
+            end.exception()
 
 
 def _use_threads(count: int) -> None:

@@ -83,7 +83,7 @@ def tokenise_ahead(
     first, *others = _chunks(pairs)
     windows = tokenise(first, *options)
     for chunk in others:
-        ahead = _in_a_thread(functools.partial(tokenise, chunk, *options))
+        ahead = in_a_thread(functools.partial(tokenise, chunk, *options))
         try:
             yield windows
         finally:
@@ -92,7 +92,7 @@ def tokenise_ahead(
     yield windows
 
 
-def _in_a_thread(work: Callable[[], Result]) -> Future[Result]:
+def in_a_thread(work: Callable[[], Result]) -> Future[Result]:
     """Call `work()` in a thread of its own. A pool would be closed as soon as the main thread ends, when others may
     still be reranking."""
     future: Future[Result] = Future()

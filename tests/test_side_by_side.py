@@ -65,8 +65,7 @@ def test_works_share_the_threads(threads):
         return torch.get_num_threads(), threading.current_thread().name
 
     for count, each in ((8, 1), (2, 2), (1, 4)):
-        with side_by_side(count) as run:
-            results = list(run(work, range(count)))
+        results = list(side_by_side(work, range(count)))
         assert {number for number, _ in results} == {each}
         assert len({name for _, name in results}) == min(count, 4)
 
@@ -80,11 +79,10 @@ def test_results_come_in_order_and_an_error_where_it_happened(threads):
             raise ArithmeticError("seven")
         return number
 
-    with side_by_side(9) as run:
-        results = run(work, range(9))
-        assert [next(results) for _ in range(7)] == list(range(7))
-        with pytest.raises(ArithmeticError, match="seven"):
-            next(results)
+    results = side_by_side(work, range(9))
+    assert [next(results) for _ in range(7)] == list(range(7))
+    with pytest.raises(ArithmeticError, match="seven"):
+        next(results)
 
 
 def test_several_callers_at_once(stand_in, threads):
